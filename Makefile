@@ -1,0 +1,44 @@
+# Every target makes .venv itself. CONFIG is one experiment; what a run produces goes to out/<its name>/.
+CONFIG ?= configs/toybirds.yaml
+PYTHON ?= python3
+ARGS   ?=
+BIN    := .venv/bin
+
+.PHONY: help setup precompute distill report test check bench demo clean
+
+help:            ## this list
+	@grep -hE '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+
+setup: .venv/ready  ## the virtual environment with everything in it
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lite,dev]'
+	touch $@
+
+precompute: setup  ## stage 1: pack, teach where asked, and store the teacher's answers
+	$(BIN)/e2kd precompute $(CONFIG) $(ARGS)
+
+distill: setup     ## stage 2: every student and seed, evaluated and reported (stage 1 first where missing)
+	$(BIN)/e2kd distill $(CONFIG) $(ARGS)
+
+report: setup      ## the table and the figure again
+	$(BIN)/e2kd report $(CONFIG) $(ARGS)
+
+test: setup        ## the test-suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup       ## lint, format, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup       ## time what the README states
+	$(BIN)/python -m benchmarks.main $(ARGS)
+
+demo: setup        ## the experiment in a minute: one seed, short schedules, nothing to conclude from
+	$(BIN)/e2kd distill $(CONFIG) --out out/demo --set seeds=[0] --set teacher.train.epochs=6 --set train.epochs=6 $(ARGS)
+
+clean:             ## remove what runs made and the virtual environment
+	rm -rf out .venv

@@ -1,0 +1,355 @@
+"""ImageSet: the canonical views as WebDataset tar shards, written and read by row.
+
+    images/<split>/shard-000000.tar        <key>.png, <key>.json[, <key>.mask.png] per sample: plain WebDataset
+                   shard-000000.rows.json  per row: key, label, group, and where its members lie in the tar
+                   packing.json            what is being packed; a resumed pack must be the same
+                   index.json              written last: without it the set is incomplete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from artifacts.durable import sha256_file, sync_file, sync_folder, write_atomic
+from artifacts.errors import ImageSetError
+
+SCHEMA_VERSION = 1
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+Label = int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One packed image.
+
+    key     stable id, [A-Za-z0-9_-]+
+    image   u8 [3,S,S], RGB
+    label   class index, several of them, or None
+    group   e.g. 2 * class + background, or None
+    boxes   f32 [N,5] of (class, x0, y0, x1, y1) in px of the canvas, or None
+    mask    u8 [S,S], 0..255 = share of the pixel that is object, or None
+    source  where it came from, or None
+    """
+
+    key: str
+    image: np.ndarray
+    label: Label = None
+    group: int | None = None
+    boxes: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar of the set. `start` is its first row."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    rows_sha256: str
+    start: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    key: str
+    label: Label
+    group: int | None
+    members: dict[str, tuple[int, int]]  # extension -> (offset, length) in the tar
+
+
+class ImageSet:
+    """A packed split. `[row]` is a Sample; row i is image i for ever."""
+
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.path = path
+        self.view: dict[str, Any] = index["view"]
+        self.classes: list[str] = index["classes"]
+        self.rows_per_shard: int = index["rows_per_shard"]
+        self.size: int = self.view["size"]
+        starts = range(0, self.rows_per_shard * len(index["shards"]), self.rows_per_shard)
+        self.shards = [ShardInfo(**shard, start=start) for shard, start in zip(index["shards"], starts, strict=True)]
+        self.fingerprint = _fingerprint(index)
+        self._rows: list[_Row] | None = None
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def keys(self) -> list[str]:
+        return [row.key for row in self._all_rows()]
+
+    @property
+    def labels(self) -> list[Label]:
+        return [row.label for row in self._all_rows()]
+
+    @property
+    def groups(self) -> list[int | None]:
+        return [row.group for row in self._all_rows()]
+
+    def shard_rows(self, shard: int) -> range:
+        info = self.shards[shard]
+        return range(info.start, info.start + info.rows)
+
+    def keys_sha256(self, shard: int) -> str:
+        """Hash of the shard's keys in row order; a store's commit record must name the same."""
+        rows = self.shard_rows(shard)
+        return hashlib.sha256("\n".join(self.keys[rows.start : rows.stop]).encode()).hexdigest()
+
+    def __getitem__(self, row: int) -> Sample:
+        """Raises IndexError past the end, ImageSetError where the bytes cannot be decoded."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        entry = self._all_rows()[row]
+        about = json.loads(self._member(row, "json"))
+        boxes = about.get("boxes")
+        return Sample(
+            key=entry.key,
+            image=self._pixels(row),
+            label=entry.label,
+            group=entry.group,
+            boxes=None if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 5),
+            mask=self._decoded(row, "mask.png", "L") if "mask.png" in entry.members else None,
+            source=about.get("source"),
+        )
+
+    def read_images(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Only the pixels of some rows: u8 [B,3,S,S]."""
+        return np.stack([self._pixels(int(row)) for row in rows])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # open files do not travel to data-loader workers
+
+    def _all_rows(self) -> list[_Row]:
+        if self._rows is None:
+            self._rows = [row for shard in self.shards for row in _read_rows(self.path / _sidecar(shard.name))]
+        return self._rows
+
+    def _pixels(self, row: int) -> np.ndarray:
+        extension = next(name for name in ("png", "jpg", "webp") if name in self._all_rows()[row].members)
+        return np.ascontiguousarray(self._decoded(row, extension, "RGB").transpose(2, 0, 1))
+
+    def _decoded(self, row: int, extension: str, mode: str) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(self._member(row, extension))) as image:
+                return np.asarray(image.convert(mode))
+        except (OSError, SyntaxError) as error:
+            shard = self.shards[row // self.rows_per_shard]
+            raise ImageSetError(
+                f"{self.path / shard.name}: row {row} cannot be decoded ({error}); the file is damaged, "
+                f"delete {shard.name} and index.json and run: e2kd pack CONFIG"
+            ) from None
+
+    def _member(self, row: int, extension: str) -> bytes:
+        shard = row // self.rows_per_shard
+        if shard not in self._maps:
+            with (self.path / self.shards[shard].name).open("rb") as file:
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        offset, length = self._all_rows()[row].members[extension]
+        return self._maps[shard][offset : offset + length]
+
+
+def open_images(url: str | Path) -> ImageSet:
+    """Open a packed split. Raises ImageSetError: missing, incomplete, damaged sizes, or a newer format."""
+    path = local_path(url)
+    file = path / "index.json"
+    if not file.exists():
+        state = "was not finished" if (path / "packing.json").exists() else "is not there"
+        raise ImageSetError(f"the image set {path} {state}; run: e2kd pack CONFIG")
+    index = json.loads(file.read_text())
+    if index["schema_version"] > SCHEMA_VERSION:
+        raise ImageSetError(f"{file} has schema {index['schema_version']}, this e2kd reads {SCHEMA_VERSION}; update e2kd")
+    images = ImageSet(path, index)
+    for shard in images.shards:
+        tar = path / shard.name
+        found = tar.stat().st_size if tar.exists() else None
+        if found != shard.bytes or not (path / _sidecar(shard.name)).exists():
+            what = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
+            raise ImageSetError(
+                f"{tar} (rows {shard.start} to {shard.start + shard.rows - 1}) {what}; delete "
+                f"{path / 'index.json'} and run: e2kd pack CONFIG"
+            )
+    return images
+
+
+def write_images(
+    url: str | Path,
+    *,
+    count: int,
+    get: Callable[[int], Sample],
+    view: dict[str, Any],
+    classes: Sequence[str],
+    source: str,
+    rows_per_shard: int,
+    image_format: str = "png",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Pack rows 0..count-1 that `get(row)` gives, or continue where an interrupted pack of the same stopped.
+
+    Shards that are finished are not asked for again; a finished set of the same description is left alone.
+    Raises ImageSetError for unfit or repeated keys, or where the folder holds a set of something else.
+    """
+    path = local_path(url)
+    plan = {"view": view, "classes": list(classes), "source": source, "count": count, "rows_per_shard": rows_per_shard}
+    plan |= {"schema_version": SCHEMA_VERSION, "format": image_format}
+    _begin(path, plan)
+    seen: dict[str, int] = {}
+    for start in range(0, count, rows_per_shard):
+        rows = range(start, min(start + rows_per_shard, count))
+        name = f"shard-{start // rows_per_shard:06d}.tar"
+        if not (path / _sidecar(name)).exists():
+            _write_shard(path / name, rows, get, image_format, progress)
+        elif progress:
+            progress(len(rows))
+        for row, entry in zip(rows, _read_rows(path / _sidecar(name)), strict=True):
+            if seen.setdefault(entry.key, row) != row:
+                raise ImageSetError(f"{path}: rows {seen[entry.key]} and {row} have the same key {entry.key}")
+    if not (path / "index.json").exists():
+        write_atomic(path / "index.json", json.dumps(_index(path, plan), indent=1).encode())
+
+
+def _begin(path: Path, plan: dict[str, Any]) -> None:
+    file = path / "packing.json"
+    if file.exists():
+        old = json.loads(file.read_text())
+        differing = [key for key in plan if old.get(key) != plan[key]]
+        if not differing:
+            return
+        if (path / "index.json").exists():
+            lines = "\n".join(f"  {key}: packed {old.get(key)!r}, config {plan[key]!r}" for key in differing)
+            raise ImageSetError(
+                f"{path} holds other images than the config asks for:\n{lines}\n"
+                f"use another folder (--out DIR), or delete it: rm -r {path}"
+            )
+        shutil.rmtree(path)  # an unfinished pack of something else: nothing in it was ever usable
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(plan, indent=1).encode())
+
+
+def _write_shard(
+    tar: Path, rows: range, get: Callable[[int], Sample], image_format: str, progress: Callable[[int], None] | None
+) -> None:
+    from webdataset import TarWriter  # it imports torch
+
+    partial = tar.with_name(tar.name + ".partial")
+    with partial.open("wb") as file:
+        writer = TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False)
+        for row in rows:
+            writer.write(_members(get(row), image_format))
+            if progress:
+                progress(1)
+        writer.close()
+    sync_file(partial)
+    partial.replace(tar)
+    sync_folder(tar.parent)
+    write_atomic(tar.with_name(_sidecar(tar.name)), json.dumps(_locate(tar)).encode())
+
+
+def _members(sample: Sample, image_format: str) -> dict[str, Any]:
+    if not _KEY.fullmatch(sample.key):
+        raise ImageSetError(f"key {sample.key!r} of {sample.source}: use only letters, digits, _ and -")
+    about: dict[str, Any] = {"label": sample.label}
+    if sample.group is not None:
+        about["group"] = sample.group
+    if sample.boxes is not None:
+        about["boxes"] = np.asarray(sample.boxes, np.float64).tolist()
+    if sample.source is not None:
+        about["source"] = sample.source
+    members = {"__key__": sample.key, image_format: _encode(sample.image.transpose(1, 2, 0), image_format)}
+    members["json"] = json.dumps(about).encode()
+    if sample.mask is not None:
+        members["mask.png"] = _encode(sample.mask, "png")
+    return members
+
+
+def _encode(pixels: np.ndarray, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {
+        "png": {"format": "PNG", "compress_level": 6},
+        "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+        "webp": {"format": "WEBP", "lossless": True},
+    }[image_format]
+    Image.fromarray(pixels).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def _locate(tar: Path) -> list[dict[str, Any]]:
+    """The rows sidecar, read off the tar as any reader sees it."""
+    import tarfile
+
+    rows: dict[str, dict[str, Any]] = {}
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            key, extension = member.name.split(".", 1)
+            row = rows.setdefault(key, {"key": key, "members": {}})
+            row["members"][extension] = [member.offset_data, member.size]
+            if extension == "json":
+                file = archive.extractfile(member)
+                assert file is not None
+                about = json.loads(file.read())
+                row["label"], row["group"] = about["label"], about.get("group")
+    return list(rows.values())
+
+
+@lru_cache(maxsize=64)
+def _read_rows_cached(path: Path, stamp: int) -> tuple[_Row, ...]:
+    rows = json.loads(path.read_text())
+    return tuple(
+        _Row(
+            key=row["key"],
+            label=tuple(row["label"]) if isinstance(row["label"], list) else row["label"],
+            group=row["group"],
+            members={name: (place[0], place[1]) for name, place in row["members"].items()},
+        )
+        for row in rows
+    )
+
+
+def _read_rows(path: Path) -> tuple[_Row, ...]:
+    return _read_rows_cached(path, path.stat().st_mtime_ns)
+
+
+def _index(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    shards = []
+    for tar in sorted(path.glob("shard-*.tar")):
+        sidecar = path / _sidecar(tar.name)
+        shards.append(
+            {
+                "name": tar.name,
+                "rows": len(_read_rows(sidecar)),
+                "bytes": tar.stat().st_size,
+                "sha256": sha256_file(tar),
+                "rows_sha256": sha256_file(sidecar),
+            }
+        )
+    kept = ("schema_version", "view", "classes", "rows_per_shard")
+    return {**{key: plan[key] for key in kept}, "rows": plan["count"], "shards": shards}
+
+
+def _fingerprint(index: dict[str, Any]) -> str:
+    parts = [index["view"], index["classes"], [[shard["rows"], shard["sha256"]] for shard in index["shards"]]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _sidecar(tar_name: str) -> str:
+    return tar_name.removesuffix(".tar") + ".rows.json"
+
+
+def local_path(url: str | Path) -> Path:
+    return Path(str(url).removeprefix("file://"))

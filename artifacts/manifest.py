@@ -1,0 +1,114 @@
+"""What a teacher store says of itself: where its numbers come from, how they are written, what each shard holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherInfo(Record):
+    """Who answered."""
+
+    architecture: str
+    weights_sha256: str
+    preprocessing: dict[str, Any]
+    classes: int
+    class_names: list[str]
+
+
+class ExplainerInfo(Record):
+    """How it was explained."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+class CodecInfo(Record):
+    """How one kind of number is encoded."""
+
+    codec: str
+    error_bound: str
+
+
+class StoreShape(Record):
+    """Rows of an image set, V views, K explained classes, C classes, maps of c x h x w."""
+
+    rows: int
+    rows_per_shard: int
+    views: int = 1
+    explained: int = 1
+    classes: int
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.rows))
+
+
+class ManifestDraft(Record):
+    """What is decided before the first row is computed. Two stores with the same draft hold the same numbers."""
+
+    schema_version: int = SCHEMA_VERSION
+    teacher: TeacherInfo
+    explainer: ExplainerInfo
+    view: dict[str, Any]
+    images: str
+    shape: StoreShape
+    logits: CodecInfo
+    maps: CodecInfo
+
+
+class ObjectRecord(Record):
+    """One shard object of one array."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class ShardRecord(Record):
+    """A commit record: written after the shard's objects are durable. Rows are start <= row < stop."""
+
+    shard: int
+    start: int
+    stop: int
+    keys_sha256: str
+    dead_maps: int
+    arrays: dict[str, ObjectRecord]
+
+
+class Manifest(ManifestDraft):
+    """manifest.json, written last: a store without one is not finished."""
+
+    dead_maps: int
+    shards: list[ShardRecord]
+    versions: dict[str, str]
+
+
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
+    """`field: store X, config Y` for every field of the draft that differs."""
+    names = ManifestDraft.model_fields
+    a, b = (_flat({name: value for name, value in m.model_dump().items() if name in names}) for m in (old, new))
+    return [f"{key}: store {a.get(key)!r}, config {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return flat

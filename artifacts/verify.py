@@ -1,0 +1,153 @@
+"""Full checks of a store and of an image set: nothing is believed because a file exists."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from artifacts.codecs import get_codec
+from artifacts.durable import sha256_file
+from artifacts.errors import DamagedStore, ImageSetError, StoreError
+from artifacts.images import ImageSet, local_path, open_images
+from artifacts.manifest import ShardRecord
+from artifacts.store import TeacherStore, open_store
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong; rows are (first, last)."""
+
+    what: str
+    mend: str
+    shard: int | None = None
+    array: str | None = None
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        where = [
+            f"shard {self.shard}" if self.shard is not None else "",
+            self.array or "",
+            f"rows {self.rows[0]}-{self.rows[1]}" if self.rows else "",
+        ]
+        place = ", ".join(part for part in where if part)
+        return f"{place}: {self.what}; {self.mend}" if place else f"{self.what}; {self.mend}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`ok` when there are no problems."""
+
+    path: Path
+    shards: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+Advance = Callable[[int], None]
+
+
+def verify_store(
+    url: str | Path, images: str | Path | None = None, *, quick: bool = False, progress: Advance | None = None
+) -> VerifyReport:
+    """Check a store: sizes; unless `quick`, sha256, decoding, finiteness, and rows and keys against `images`.
+
+    `progress` is called with 1 per shard. A store that cannot be opened is one problem.
+    """
+    path = local_path(url)
+    try:
+        store = open_store(path)
+        beside = open_images(images) if images is not None else None
+    except (StoreError, ImageSetError) as error:
+        return VerifyReport(path, 0, (Problem(str(error), "see there"),))
+    problems = list(_alignment(store, beside)) if beside else []
+    for record in store.manifest.shards:
+        if not quick:
+            problems += _shard_problems(store, record, beside)
+        if progress:
+            progress(1)
+    return VerifyReport(path, len(store.manifest.shards), tuple(problems))
+
+
+def verify_images(url: str | Path, *, quick: bool = False, progress: Advance | None = None) -> VerifyReport:
+    """Check an image set: sizes; unless `quick`, sha256 of tars and row lists, tar contents, decoding of every image."""
+    path = local_path(url)
+    try:
+        images = open_images(path)
+    except ImageSetError as error:
+        return VerifyReport(path, 0, (Problem(str(error), "see there"),))
+    problems: list[Problem] = []
+    for shard in range(len(images.shards)):
+        if not quick:
+            problems += _tar_problems(images, shard)
+        if progress:
+            progress(1)
+    return VerifyReport(path, len(images.shards), tuple(problems))
+
+
+def _alignment(store: TeacherStore, images: ImageSet) -> Iterator[Problem]:
+    if store.manifest.images != images.fingerprint:
+        yield Problem(
+            f"the store was made from other images than {images.path} (fingerprint {store.manifest.images[:12]}, "
+            f"not {images.fingerprint[:12]})",
+            "delete the store and run: e2kd precompute CONFIG",
+        )
+    elif len(store) != len(images):
+        yield Problem(f"the store has {len(store)} rows, {images.path} has {len(images)}", "precompute again")
+
+
+def _shard_problems(store: TeacherStore, record: ShardRecord, images: ImageSet | None) -> list[Problem]:
+    rows = (record.start, record.stop - 1)
+    mend = f"delete {store.path / 'commits' / f'{record.shard:06d}.json'} and manifest.json, run: e2kd precompute CONFIG"
+    found = []
+    for name, item in record.arrays.items():
+        if sha256_file(store.path / item.path) != item.sha256:
+            found.append(Problem("sha256 differs: bytes were changed", mend, record.shard, name, rows))
+        what = _undecodable(store, name, record.shard)
+        if what:
+            found.append(Problem(what, mend, record.shard, name, rows))
+    if images is not None and record.shard < len(images.shards):
+        if images.keys_sha256(record.shard) != record.keys_sha256:
+            found.append(Problem("its rows are other samples than the image set's", mend, record.shard, None, rows))
+    return found
+
+
+def _undecodable(store: TeacherStore, name: str, shard: int) -> str | None:
+    try:
+        stored = store.read_shard(name, shard)
+    except DamagedStore:
+        return "cannot be decoded"
+    if name in ("logits", "maps"):
+        values = get_codec(getattr(store.manifest, name).codec).decode(stored)
+        return None if np.isfinite(values).all() else "has values that are not finite"
+    classes = store.manifest.shape.classes
+    return "has classes out of range" if name == "explained_class" and (stored >= classes).any() else None
+
+
+def _tar_problems(images: ImageSet, shard: int) -> list[Problem]:
+    info, rows = images.shards[shard], images.shard_rows(shard)
+    span = (rows.start, rows.stop - 1)
+    tar, mend = images.path / info.name, f"delete {info.name} and index.json, run: e2kd pack CONFIG"
+    found = []
+    if sha256_file(tar) != info.sha256:
+        found.append(Problem("sha256 differs: bytes were changed", mend, shard, info.name, span))
+    if sha256_file(tar.with_suffix(".rows.json")) != info.rows_sha256:
+        found.append(Problem("its row list was changed", mend, shard, info.name, span))
+    try:
+        with tarfile.open(tar) as archive:
+            keys = [name.split(".", 1)[0] for name in archive.getnames()]
+        if list(dict.fromkeys(keys)) != images.keys[rows.start : rows.stop]:
+            found.append(Problem("the tar holds other keys than its row list", mend, shard, info.name, span))
+        for row in rows:
+            sample = images[row]
+            if sample.image.shape != (3, images.size, images.size):
+                found.append(Problem(f"{sample.key} has shape {sample.image.shape}", mend, shard, info.name, (row, row)))
+    except (tarfile.TarError, ImageSetError, ValueError, KeyError) as error:
+        found.append(Problem(f"cannot be read ({error})", mend, shard, info.name, span))
+    return found

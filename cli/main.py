@@ -1,0 +1,217 @@
+"""The command line: arguments in, tables and progress out, and the one place where errors become exit codes.
+
+0 done, 1 a bug (traceback), 2 the user's input (one message), 3 verification failed, 130 interrupted (state kept).
+Nothing here imports torch: `e2kd --help` must start at once, so the stages are imported by the commands that run them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from pipeline.config import Experiment
+    from pipeline.layout import Layout
+    from pipeline.progress import Progress
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="e2kd",
+    help="Explanation-enhanced knowledge distillation: ask the teacher once, train any number of students.\n\n"
+    "Start with:  e2kd distill configs/toybirds.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArg = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="an experiment, e.g. configs/toybirds.yaml")
+]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.SUB=VALUE", help="override a setting; repeatable")
+]
+OutOpt = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="default: out/<config's name>")]
+DryOpt = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and stop")]
+
+
+@app.command(epilog="Example: e2kd pack configs/photos.yaml --set data.root=~/photos")
+def pack(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
+    """Write the source images as WebDataset shards of the canonical view."""
+    job = _open(config, set_, out, dry_run)
+    from pipeline.pack import pack as stage
+
+    stage(job.experiment, job.layout, job.progress)
+    job.progress.say(f"packed: {', '.join(str(job.layout.images(s)) for s in job.experiment.packed_splits)}")
+
+
+@app.command(epilog="Example: e2kd teach configs/toybirds.yaml")
+def teach(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
+    """Train the config's teacher, guided to look at the object where the config says so."""
+    job = _open(config, set_, out, dry_run)
+    from pipeline.stages import prepare_teacher
+
+    prepare_teacher(job.experiment, job.layout, job.fabric(), job.progress)
+    job.progress.say(f"taught: {job.layout.teacher}")
+
+
+@app.command(epilog="Example: torchrun --nproc-per-node 4 -m cli precompute configs/photos.yaml")
+def precompute(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
+    """Stage 1: the teacher's logits and explanation maps for every packed image (packs and teaches first)."""
+    job = _open(config, set_, out, dry_run)
+    from pipeline.stages import prepare_stores
+
+    prepare_stores(job.experiment, job.layout, job.fabric(), job.progress)
+    job.progress.say(f"stored: {job.layout.stores(job.experiment.store_name)}")
+
+
+@app.command(epilog="Example: e2kd distill configs/toybirds.yaml --student e2kd --seed 0")
+def distill(
+    config: ConfigArg,
+    set_: SetOpt = None,
+    out: OutOpt = None,
+    dry_run: DryOpt = False,
+    student: Annotated[list[str] | None, typer.Option(help="only these students; repeatable")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="only these seeds; repeatable")] = None,
+) -> None:
+    """Stage 2: train every student x seed that is not done, evaluate, and report (stage 1 first where missing)."""
+    job = _open(config, set_, out, dry_run)
+    from pipeline.stages import distill_all
+
+    students = _pick("student", student, list(job.experiment.students))
+    seeds = _pick("seed", seed, list(job.experiment.seeds))
+    fabric = job.fabric()
+    distill_all(job.experiment, job.layout, fabric, job.progress, students, seeds)
+    if fabric.is_global_zero:
+        _report(job)
+
+
+@app.command(epilog="Example: e2kd evaluate configs/toybirds.yaml")
+def evaluate(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
+    """Score every finished student again on the config's splits (after changing `evaluate`)."""
+    job = _open(config, set_, out, dry_run)
+    from pipeline.stages import evaluate_all
+
+    evaluate_all(job.experiment, job.layout, job.fabric(), job.progress)
+    _report(job)
+
+
+@app.command(epilog="Example: e2kd report configs/toybirds.yaml")
+def report(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
+    """A Markdown table over students x splits, and a figure of maps and training curves."""
+    _report(_open(config, set_, out, dry_run))
+
+
+@app.command(epilog="Example: e2kd inspect out/toybirds/stores/gradcam-centred/train")
+def inspect(store: Annotated[Path, typer.Argument(help="a teacher store or a packed image set")]) -> None:
+    """What a store or an image set holds: its origin, arrays, sizes and bytes per image."""
+    from cli.inspection import describe
+
+    describe(store)
+
+
+@app.command(epilog="Example: e2kd verify out/toybirds/stores/gradcam-centred/train")
+def verify(
+    store: Annotated[Path, typer.Argument(help="a teacher store or a packed image set")],
+    quick: Annotated[bool, typer.Option(help="sizes only")] = False,
+) -> None:
+    """Check every byte of a store: sizes, checksums, values, and that its rows are the image set's rows."""
+    from cli.inspection import check
+
+    raise typer.Exit(check(store, quick))
+
+
+@app.command(epilog="Example: e2kd doctor")
+def doctor() -> None:
+    """Versions, devices, free disk, and whether the kernels that training needs run here."""
+    from cli.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+class _Job:
+    """What every stage command starts from."""
+
+    def __init__(self, experiment: Experiment, layout: Layout) -> None:
+        self.experiment, self.layout = experiment, layout
+        self.progress: Progress = _progress()
+
+    def fabric(self) -> Fabric:
+        from pipeline.launch import start
+
+        return start()
+
+
+def _open(config: Path, overrides: Sequence[str] | None, out: Path | None, dry_run: bool) -> _Job:
+    from pipeline.config import dump, load
+    from pipeline.layout import Layout
+
+    experiment = load(config, overrides or ())
+    if dry_run:
+        print(dump(experiment), end="")
+        raise typer.Exit(0)
+    return _Job(experiment, Layout(out or Path("out") / config.stem))
+
+
+def _progress() -> Progress:
+    from cli.console import progress
+    from pipeline.progress import Quiet
+
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return progress() if rank == "0" else Quiet()
+
+
+def _pick(what: str, wanted: Sequence[T] | None, known: Sequence[T]) -> list[T]:
+    from artifacts.errors import ConfigError
+
+    unknown = [value for value in wanted or () if value not in known]
+    if unknown:
+        raise ConfigError(f"no {what} {unknown[0]} in the config; it has {', '.join(map(str, known))}")
+    return list(wanted or known)
+
+
+def _report(job: _Job) -> None:
+    from pipeline.report import report as stage
+
+    job.progress.say(stage(job.experiment, job.layout))
+
+
+def main() -> None:
+    """The console script: run the command, turn what users can mend into one message."""
+    raise SystemExit(run_guarded(lambda: app(standalone_mode=False)))
+
+
+def run_guarded(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; only bugs keep their traceback."""
+    import click
+
+    from artifacts.errors import E2kdError
+
+    try:
+        code = command()
+        return code if isinstance(code, int) else 0
+    except E2kdError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _fail("interrupted; what is finished is kept: run the same command again to continue", 130)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        return _fail(f"cannot write{where}: {error.strerror}; mend that and run the same command again", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"e2kd: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,64 @@
+"""Reading one photograph: any JPEG, PNG or WebP to upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from artifacts.errors import DataError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+FORMATS = ("JPEG", "PNG", "WEBP")  # other decoders stay shut, whatever a file is called
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_photo(path: Path, shorter_side: int | None = None) -> Image.Image:
+    """RGB, EXIF orientation applied, alpha over white.
+
+    With `shorter_side`, a large JPEG is decoded at 1/2, 1/4 or 1/8, with both sides at least twice that many px.
+    Raises DataError naming the file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on damaged EXIF beside sound pixels
+            return _decode(path, shorter_side)
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not a JPEG, PNG or WebP image; remove or replace it") from None
+    except UNREADABLE as error:
+        raise DataError(f"cannot read the image {path} ({error}); remove or replace it") from error
+
+
+def _decode(path: Path, shorter_side: int | None) -> Image.Image:
+    with Image.open(path, formats=FORMATS) as image:
+        if shorter_side is not None:
+            image.draft(None, (2 * shorter_side, 2 * shorter_side))
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode: 16-bit greys scaled, transparency over white."""
+    if image.mode.startswith("I"):
+        return _sixteen_bit(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    over = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+
+
+def _sixteen_bit(image: Image.Image) -> Image.Image:
+    """Modes I;16 and I: greys of 0..65535."""
+    grey = np.asarray(image).astype(np.float32) / 257
+    return Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8)).convert("RGB")

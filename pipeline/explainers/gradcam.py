@@ -1,0 +1,79 @@
+"""GradCAM (Selvaraju et al. 2017; the paper's Sec. 3.2 explanation for standard networks), cheap enough to
+train with.
+
+The map is about the features A of the last stage: relu(sum_d w_d A_d), w_d the spatial mean of d logit / d
+A_d. One evaluation of the head, by `torch.func.vjp`, gives logits and weights alike, dropout included, for
+any head; the cost over a plain forward pass is that of the head. Nothing before the features is
+differentiated twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.classifier import Classifier
+
+LOGITS = ("raw", "centred")
+
+
+class Explained(NamedTuple):
+    """A decision and its explanation. A named tuple, which distributed wrappers look into for tensors.
+
+    logits  [B,C]      fp32 (fp64 for an fp64 model)
+    maps    [B,c,h,w]  likewise; GradCAM: c = 1, >= 0, at the resolution of the features
+    classes [B] int64  the explained class of each map
+    """
+
+    logits: Tensor
+    maps: Tensor
+    classes: Tensor
+
+
+class GradCAM(nn.Module):
+    """Explains a logit of `model` (`raw`), or that logit minus the mean logit (`centred`).
+
+    Softmax cannot see a constant added to all logits, so a two-class network is free to write its evidence
+    for one class as negative evidence for the other, where GradCAM's relu hides it; `centred` takes that
+    freedom away.
+    """
+
+    def __init__(self, model: Classifier, *, logit: str = "raw") -> None:
+        super().__init__()
+        self.model = model
+        self.logit = logit
+
+    def forward(
+        self, images: Tensor, classes: Tensor | None = None, differentiable: bool = False
+    ) -> Explained:
+        """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits).
+
+        With `differentiable` logits and maps carry gradients to every parameter; else they carry none and no
+        graph is kept.
+        """
+        with torch.set_grad_enabled(differentiable):
+            features = self.model.features(images)
+            logits, pull = torch.func.vjp(self.model.head, features)  # type: ignore[misc]  # two: no aux
+            classes = logits.argmax(1) if classes is None else classes
+            (gradient,) = pull(self._cotangent(logits, classes))
+            return Explained(_wide(logits), _weighted_sum(gradient, features), classes)
+
+    def _cotangent(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """d explained quantity / d logits [B,C]: one-hot, minus 1/C when centred."""
+        base = (
+            torch.zeros_like(logits) if self.logit == "raw" else torch.full_like(logits, -1 / logits.shape[1])
+        )
+        return base.scatter_add(1, classes[:, None], torch.ones_like(logits[:, :1]))
+
+
+def _weighted_sum(gradient: Tensor, features: Tensor) -> Tensor:
+    """relu(sum_d mean(gradient_d) * features_d): two [B,D,h,w] -> [B,1,h,w], at least in fp32."""
+    with torch.autocast(features.device.type, enabled=False):
+        weights = _wide(gradient).mean((2, 3), keepdim=True)
+        return torch.relu((weights * _wide(features)).sum(1, keepdim=True))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,96 @@
+"""What a student minimises: L = L_KD + lambda * L_exp (paper Eq. 1-3), and guidance of a teacher by masks.
+
+All losses compute in float32, whatever the inputs' precision and autocast; gradients reach the student only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DEAD = 1e-18
+"""Maps whose largest magnitude is below count as all-zero: their gradients' squares would overflow float32."""
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over the batch (Eq. 1; Hinton et al. 2015).
+
+    Logits [B,C] of any float type; returns a float32 scalar >= 0, in nats.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def multilabel_kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Sum over classes of the two-way KL of the sigmoids, clamped to [1e-6, 1 - 1e-6]; mean over the batch.
+
+    Logits [B,C] of any float type; returns a float32 scalar >= 0, in nats (L2D, paper ref. 37).
+    """
+    total = torch.zeros((), device=student_logits.device)
+    for sign in (
+        1,
+        -1,
+    ):  # class present, class absent; sigmoid(-x) keeps the digits that 1 - sigmoid(x) loses
+        student, teacher = _probability(sign * student_logits), _probability(sign * teacher_logits.detach())
+        total = total + (teacher * (teacher / student).log()).sum(1).mean()
+    return total
+
+
+def explanation_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine over the flattened map, mean over the valid samples (Eq. 3).
+
+    Maps [B,...] of equal shape and any float type. A sample is left out where the student's or the teacher's map is
+    all-zero: its cosine is undefined and would be a constant loss of 1.
+    Returns (float32 scalar in 0..2, share of valid samples in 0..1). With no valid sample the loss is 0, on the graph.
+    Raises ValueError where the shapes differ.
+    """
+    if student_maps.shape != teacher_maps.shape:
+        raise ValueError(
+            f"student maps {list(student_maps.shape)} and teacher maps {list(teacher_maps.shape)} differ; "
+            "give PairedAugment the student's map_size, so that the teacher's maps come at its resolution"
+        )
+    student, student_alive = _unit_max(student_maps)
+    teacher, teacher_alive = _unit_max(teacher_maps.detach())
+    distance = 1 - F.cosine_similarity(student, teacher, dim=1, eps=1e-6)
+    return _mean_over(distance, student_alive & teacher_alive)
+
+
+def energy_guidance_loss(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - share of the map's positive energy inside the mask, mean over samples with energy (Rao et al. 2023).
+
+    Maps [B,c,h,w], masks [B,1,h,w] in 0..1 at the maps' resolution.
+    Returns (float32 scalar in 0..1, share of samples with positive energy). Raises ValueError where sizes differ.
+    """
+    if masks.shape != (len(maps), 1, *maps.shape[-2:]):
+        raise ValueError(
+            f"maps {list(maps.shape)} need masks [B,1,h,w] of the same size, got {list(masks.shape)}; "
+            "give PairedAugment the model's map_size, so that the masks come at its resolution"
+        )
+    positive, alive = _unit_max(maps.clamp(min=0))
+    mask = masks.detach().float().expand(maps.shape).flatten(1)
+    inside, total = (positive * mask).sum(1), positive.sum(1)
+    return _mean_over(1 - inside / torch.where(alive, total, 1), alive)
+
+
+def _probability(logits: Tensor) -> Tensor:
+    return torch.sigmoid(logits.float()).clamp(1e-6, 1 - 1e-6)
+
+
+def _unit_max(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [B,...] -> (float32 [B,n] divided by their detached largest magnitude, bool [B]: not all-zero).
+
+    B-cos maps are ~1e-7, whose squares underflow; the scale itself carries no gradient because losses ignore it.
+    A NaN map counts as alive, so that a diverged student shows in the loss.
+    """
+    flat = maps.float().flatten(1)
+    scale = flat.detach().abs().amax(1, keepdim=True)
+    alive = ~(scale < _DEAD)
+    return flat / torch.where(alive, scale, 1), alive[:, 0]
+
+
+def _mean_over(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean of the valid values or 0, share of valid values); invalid values pass no gradient."""
+    kept = torch.where(valid, values, 0)
+    return kept.sum() / valid.sum().clamp(min=1), valid.float().mean()

@@ -1,0 +1,119 @@
+"""How well a student answers, agrees with the teacher, and looks at the right place.
+
+Per-sample metrics return float32 or bool [B], so that a caller can average over any split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of samples whose top-1 is the label: logits [B,C], labels int [B] -> scalar in 0..1."""
+    return (logits.argmax(1) == labels).float().mean()
+
+
+def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Share of samples on which both top-1 classes are equal (Eq. 4): logits [B,C] -> scalar in 0..1."""
+    return accuracy(student_logits, teacher_logits.argmax(1))
+
+
+def f1(logits: Tensor, labels: Tensor) -> Tensor:
+    """Micro F1 of multi-label predictions (logit >= 0): logits [B,C], labels 0/1 [B,C] -> scalar in 0..1."""
+    predicted, true = logits >= 0, labels > 0
+    hits = (predicted & true).sum()
+    return 2 * hits / (predicted.sum() + true.sum()).clamp(min=1)
+
+
+def dead(maps: Tensor) -> Tensor:
+    """Which maps [B,...] are all-zero: bool [B]."""
+    return ~maps.flatten(1).any(1)
+
+
+def epg(maps: Tensor, masks: Tensor) -> Tensor:
+    """Energy pointing game: positive energy inside the mask / all positive energy (Wang et al. 2020).
+
+    Maps [B,c,h,w], masks [B,1,h,w] or [B,h,w], bool or 0..1 -> float32 [B] in 0..1. Energy below 1e-7 counts 0.
+    """
+    positive, mask = maps.float().clamp(min=0), _masks_like(maps, masks)
+    total = positive.flatten(1).sum(1)
+    inside = (positive * mask).flatten(1).sum(1)
+    return torch.where(total < 1e-7, 0, inside / total.clamp(min=1e-7))
+
+
+def iou(maps: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
+    """IoU of the mask and the map's part above `threshold`, after clamping at 0 and scaling min..max to 0..1.
+
+    Maps [B,1,h,w], masks [B,1,h,w] or [B,h,w], bool or 0..1 (above 0.5 is inside) -> float32 [B] in 0..1.
+    A constant map has no part above the threshold and counts 0.
+    """
+    positive = maps.float().clamp(min=0)
+    low, high = positive.amin((1, 2, 3), keepdim=True), positive.amax((1, 2, 3), keepdim=True)
+    above = (positive - low) > threshold * (high - low)
+    mask = _masks_like(maps, masks) > 0.5
+    union = (above | mask).flatten(1).sum(1)
+    return (above & mask).flatten(1).sum(1) / union.clamp(min=1)
+
+
+def map_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of two batches of maps [B,...] of equal shape: float32 [B] in -1..1, 0 where either is all-zero."""
+    if a.shape != b.shape:
+        raise ValueError(f"maps of different shapes cannot be compared: {list(a.shape)} and {list(b.shape)}")
+    return F.cosine_similarity(_unit_max(a), _unit_max(b), dim=1, eps=1e-6)
+
+
+def shift_similarity(explain_fn: Callable[[Tensor], Tensor], images: Tensor, shifts: Sequence[int]) -> Tensor:
+    """Do explanations move with the image? Cosine of the maps of an image and of its diagonal shift (Fig. 5).
+
+    The image [B,3,S,S] moves `shift` px right and down, its border repeated; both maps (explain_fn: images ->
+    [B,c,h,w]) are brought to S x S and compared on the area that both show. Returns float32 [len(shifts), B].
+    """
+    size = images.shape[-1]
+    still = _upsample(explain_fn(images), size)
+    rows = []
+    for shift in shifts:
+        moved = F.pad(images, (shift, 0, shift, 0), mode="replicate")[..., :size, :size]
+        there = _upsample(explain_fn(moved), size)
+        rows.append(map_cosine(still[..., : size - shift, : size - shift], there[..., shift:, shift:]))
+    return torch.stack(rows)
+
+
+def boxes_to_mask(boxes: Tensor, size: int, cls: int | None = None) -> Tensor:
+    """Union of the boxes, of class `cls` only if given: boxes [N,5] (class,x0,y0,x1,y1 in px) -> bool [size,size].
+
+    A pixel is inside where its centre is.
+    """
+    if cls is not None:
+        boxes = boxes[boxes[:, 0] == cls]
+    centres = torch.arange(size, device=boxes.device) + 0.5
+    x = (boxes[:, 1:2] <= centres) & (centres < boxes[:, 3:4])
+    y = (boxes[:, 2:3] <= centres) & (centres < boxes[:, 4:5])
+    return (y[:, :, None] & x[:, None, :]).any(0)
+
+
+def _masks_like(maps: Tensor, masks: Tensor) -> Tensor:
+    """Masks as float32 [B,1,h,w]; ValueError unless they have the maps' size."""
+    masks = masks[:, None] if masks.dim() == 3 else masks
+    if masks.shape != (len(maps), 1, *maps.shape[-2:]):
+        raise ValueError(
+            f"maps {list(maps.shape)} need masks [B,1,h,w] of the same size, got {list(masks.shape)}; "
+            "upsample the maps to the masks' size"
+        )
+    return masks.float()
+
+
+def _upsample(maps: Tensor, size: int) -> Tensor:
+    if maps.shape[-2:] == (size, size):
+        return maps
+    return F.interpolate(maps.float(), (size, size), mode="bilinear", align_corners=False)
+
+
+def _unit_max(maps: Tensor) -> Tensor:
+    """Maps as float32 [B,n] divided by their largest magnitude: tiny maps compare as exactly as large ones."""
+    flat = maps.float().flatten(1)
+    scale = flat.abs().amax(1, keepdim=True)
+    return flat / torch.where(scale > 0, scale, 1)

@@ -1,0 +1,106 @@
+"""One training run's folder: `config.yaml`, `metrics.jsonl`, checkpoints, `result.json`, and `done` last.
+
+A run that is interrupted continues; one that is done is left alone; one that was started with other settings is
+never mixed with new ones.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from artifacts.durable import write_atomic
+
+from artifacts.errors import ConfigError, E2kdError
+
+
+class CheckpointError(E2kdError):
+    """A checkpoint that cannot be read."""
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "done").exists()
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Begin or continue the run. Raises ConfigError where it was begun with other settings."""
+        text = yaml.safe_dump(settings, sort_keys=False, width=100)
+        known = self.path / "config.yaml"
+        if not known.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(known, text.encode())
+            return
+        old, new = _flat(yaml.safe_load(known.read_text())), _flat(yaml.safe_load(text))
+        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if differing:
+            lines = "\n".join(f"  {key}: run {old.get(key)!r}, config {new.get(key)!r}" for key in differing)
+            raise ConfigError(
+                f"{self.path} was made with other settings:\n{lines}\n"
+                f"keep it and use another folder (--out DIR), or delete it: rm -r {self.path}"
+            )
+
+    def write(self, name: str, data: bytes) -> None:
+        write_atomic(self.path / name, data)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one per epoch."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+
+    def forget_after(self, epochs: int) -> None:
+        """Drop log lines of epochs that were not checkpointed (they are trained again)."""
+        kept = [line for line in self.history() if line["epoch"] < epochs]
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """The checkpoint, in one file, so that it is old or new and never half of each."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write("state.pt", buffer.getvalue())
+
+    def load_state(self) -> dict[str, Any] | None:
+        file = self.path / "state.pt"
+        if not file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
+            ) from None
+        return state
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self.write("result.json", (json.dumps(result, indent=2) + "\n").encode())
+        self.write("done", b"")
+
+    def result(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.path / "result.json").read_text())
+        return loaded
+
+
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(section, dict):
+        return {prefix: section}
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

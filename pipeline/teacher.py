@@ -1,0 +1,55 @@
+"""The experiment's teacher: pretrained, or taught here; and what the store must know about it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from artifacts import ImageSet
+from artifacts.errors import ModelError
+from pipeline import explainers
+from pipeline.config import Experiment, ExplainConfig
+from pipeline.layout import Layout
+from pipeline.models import Classifier, build, load_weights
+from pipeline.run import Run
+from pipeline.train import kept_weights
+
+
+def class_count(experiment: Experiment, images: ImageSet) -> int:
+    """C: the teacher's number of classes, which is also every student's.
+
+    Raises ModelError where the data's labels are not the teacher's classes.
+    """
+    named, said = len(images.classes), experiment.teacher.classes
+    if not named and said is None:
+        raise ModelError("the data has no classes: say how many the teacher has with teacher.classes")
+    if named and said not in (None, named):
+        raise ModelError(
+            f"the teacher has {said} classes but {images.path} has {named}; use its data, correct teacher.classes, "
+            "or ignore the labels with data.labels: false to distil on unrelated images"
+        )
+    return said or named
+
+
+def load_teacher(experiment: Experiment, layout: Layout, images: ImageSet) -> Classifier:
+    """The teacher with its final weights, in eval mode on the CPU. Raises ModelError where it was not taught yet."""
+    teacher = build(experiment.teacher, class_count(experiment, images))
+    if experiment.teacher.train:
+        run = Run(layout.teacher)
+        if not run.done:
+            raise ModelError(f"the teacher in {layout.teacher} is not trained yet; run: e2kd teach CONFIG")
+        load_weights(teacher.net, kept_weights(run))
+    return teacher.eval().requires_grad_(False)
+
+
+def build_explainer(explain: ExplainConfig, model: nn.Module) -> nn.Module:
+    return explainers.build(explain.explainer, model, logit=explain.logit)
+
+
+def map_size(model: Classifier, image_size: int) -> tuple[int, int]:
+    """Height and width of the model's maps for square images of `image_size` px."""
+    training = model.training
+    with torch.no_grad():
+        features = model.eval().features(torch.zeros(1, 3, image_size, image_size))
+    model.train(training)
+    return int(features.shape[-2]), int(features.shape[-1])

@@ -1,0 +1,161 @@
+"""The training loop, for teachers and students alike. What a step minimises is the caller's `loss`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from artifacts.errors import E2kdError
+from pipeline.config import Schedule
+from pipeline.data.loader import Batch, TrainBatches
+from pipeline.models import save_weights
+from pipeline.progress import Progress
+from pipeline.run import Run
+
+LossFn = Callable[[nn.Module, Batch, int], dict[str, Tensor]]
+"""(module, batch on the device, epoch) -> {"loss": scalar, ...other scalars to log}."""
+
+Validate = Callable[[], dict[str, float]]
+
+
+class Diverged(E2kdError):
+    """The loss became NaN or infinite."""
+
+
+def fit(
+    fabric: Fabric,
+    module: nn.Module,
+    net: nn.Module,
+    settings: Schedule,
+    seed: int,
+    batches: TrainBatches,
+    loss: LossFn,
+    run: Run,
+    *,
+    validate: Validate | None = None,
+    select: str = "accuracy",
+    progress: Progress,
+    label: str,
+) -> None:
+    """Train `module` (which contains `net`, whose weights are kept) from the run's checkpoint to its last epoch.
+
+    Leaves `net` with the kept epoch's weights (`settings.keep`); the same weights are in `best.safetensors` or
+    `last.safetensors`. Killed and started again, it ends with the same weights as in one go on the same device:
+    order, augmentation and the random state are functions of (seed, epoch), and a checkpoint is one atomic file.
+    """
+    optimizer = build_optimizer(module, settings)
+    state = run.load_state()
+    if state:
+        net.load_state_dict(state["model"])
+    wrapped, optimizer = fabric.setup(module, optimizer)
+    first, best = 0, -math.inf
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        first, best = state["epochs_done"], state["best"]
+    if fabric.is_global_zero:
+        run.forget_after(first)
+
+    total = settings.epochs * len(batches)
+    pending: list[dict[str, float]] = []
+    started = time.monotonic()
+    with progress.bar(label, total, "step") as advance:
+        advance(first * len(batches))
+        for epoch in range(first, settings.epochs):
+            torch.manual_seed(_epoch_seed(seed, epoch, fabric.global_rank))  # dropout
+            wrapped.train()
+            logged: list[dict[str, Tensor]] = []
+            for index, batch in enumerate(batches.epoch(epoch)):
+                rate = learning_rate(settings, epoch * len(batches) + index, total)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                values = loss(wrapped, batch.to(fabric.device), epoch)
+                optimizer.zero_grad(set_to_none=True)
+                fabric.backward(values["loss"])
+                if settings.clip_norm:
+                    fabric.clip_gradients(
+                        wrapped, optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False
+                    )
+                optimizer.step()
+                logged.append({name: value.detach() for name, value in values.items()})
+                advance(1)
+            line = _mean_of_epoch(fabric, logged, epoch, len(batches))
+            line |= {"seconds": round(time.monotonic() - started, 2)}
+            due = (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
+            if due and validate:
+                wrapped.eval()
+                scores = validate()
+                line |= {f"val_{name}": value for name, value in scores.items()}
+                if scores[select] > best and settings.keep == "best":
+                    best = scores[select]
+                    if fabric.is_global_zero:
+                        save_weights(net, run.path / "best.safetensors")
+            pending.append(line)
+            if due and fabric.is_global_zero:
+                # The log goes first: lines after the checkpoint's epoch are dropped on resume.
+                for entry in pending:
+                    run.log(entry)
+                _checkpoint(run, net, optimizer, epoch + 1, best)
+            if due:
+                pending.clear()
+            fabric.barrier()
+
+
+def build_optimizer(module: nn.Module, settings: Schedule) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    match settings.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            )
+
+
+def learning_rate(settings: Schedule, step: int, total: int) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then a half cosine to 0."""
+    warm = settings.warmup * total
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
+def kept_weights(run: Run) -> Path:
+    """The file that holds the run's result: `best.safetensors` where epochs were selected, else the last."""
+    best = run.path / "best.safetensors"
+    return best if best.exists() else run.path / "last.safetensors"
+
+
+def _checkpoint(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, best: float) -> None:
+    save_weights(net, run.path / "last.safetensors")
+    run.save_state(
+        {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epochs_done": epochs, "best": best}
+    )
+
+
+def _mean_of_epoch(
+    fabric: Fabric, logged: list[dict[str, Tensor]], epoch: int, steps: int
+) -> dict[str, float | int]:
+    """Means over the epoch's steps and the processes; stops at a loss that is not finite, naming the step."""
+    names = list(logged[0])
+    table = torch.stack([torch.stack([values[name].float() for name in names]) for values in logged])
+    table = fabric.all_reduce(table, reduce_op="mean")
+    bad = (~table[:, names.index("loss")].isfinite()).nonzero()
+    if len(bad):
+        raise Diverged(
+            f"the loss is not finite at step {epoch * steps + int(bad[0])} (epoch {epoch}); "
+            "lower train.lr or set train.clip_norm; the last good checkpoint is kept"
+        )
+    means = table.double().mean(0)
+    return {"epoch": epoch, **{name: float(mean) for name, mean in zip(names, means, strict=True)}}
+
+
+def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
+    return (seed * 1_000_003 + epoch) * 1_009 + rank

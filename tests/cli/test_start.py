@@ -1,0 +1,73 @@
+"""The command line starts without torch, and turns mistakes into one message and an exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from artifacts.errors import ConfigError
+from cli.main import run_guarded
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.argv = ['e2kd', '--help']\nfrom cli.main import main\ntry: main()\nexcept SystemExit: pass",
+        "import pathlib, pipeline.config as c; c.load(pathlib.Path('configs/toybirds.yaml'))",
+        "import artifacts",
+    ],
+    ids=["help", "config", "artifacts"],
+)
+def test_no_torch_is_imported(code: str) -> None:
+    probe = f"{code}\nimport sys; assert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x.yaml: bad"), 2),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device", "out/x"), 2),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_guarded(lambda: _raise(error)) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("e2kd: ")
+    assert "Traceback" not in printed
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_guarded(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pack", "configs/toybird.yaml"], "did you mean"),
+        (["distill", "configs/toybirds.yaml", "--set", "train.epoch=1"], "did you mean epochs?"),
+        (["distill", "configs/toybirds.yaml", "--student", "e3kd"], "no student e3kd"),
+        (["dance"], "No such command"),
+    ],
+)
+def test_mistakes_exit_2(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_the_resolved_config() -> None:
+    command = [sys.executable, "-m", "cli", "distill", "configs/toybirds.yaml", "--dry-run", "--set", "train.lr=0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "lr: 0.5" in done.stdout

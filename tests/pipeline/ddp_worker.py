@@ -1,0 +1,43 @@
+"""Started by test_distributed.py, plainly or by torchrun: precompute and distil, and write the step losses down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+from conftest import tiny  # noqa: E402
+
+from pipeline import distill as module  # noqa: E402
+from pipeline.launch import start  # noqa: E402
+from pipeline.layout import Layout  # noqa: E402
+from pipeline.progress import Quiet  # noqa: E402
+from pipeline.stages import prepare_stores  # noqa: E402
+
+
+def main(root: Path, student: str) -> None:
+    torch.set_num_threads(1)
+    experiment = tiny(train__epochs=5, train__validate_every=5)
+    layout, fabric = Layout(root), start()
+    prepare_stores(experiment, layout, fabric, Quiet())
+
+    losses: list[float] = []
+    real = module.StudentStep.__call__
+
+    def recorded(self: module.StudentStep, *args: object) -> dict[str, torch.Tensor]:
+        values = real(self, *args)  # type: ignore[arg-type]
+        losses.append(float(fabric.all_reduce(values["loss"].detach(), reduce_op="mean")))
+        return values
+
+    module.StudentStep.__call__ = recorded  # type: ignore[method-assign]
+    module.distill(experiment, layout, fabric, student, 0, Quiet())
+    if fabric.is_global_zero:
+        (root / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

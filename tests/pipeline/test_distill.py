@@ -1,0 +1,120 @@
+"""Stage 2: every student trains; a killed run resumed equals an uninterrupted one; settings are never mixed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+
+from artifacts.errors import ConfigError
+from pipeline import distill as module
+from pipeline.config import Experiment
+from pipeline.distill import distill
+from pipeline.layout import Layout
+from pipeline.progress import Quiet
+from pipeline.run import Run
+
+Tiny = Callable[..., Experiment]
+
+
+def _train(experiment: Experiment, layout: Layout, fabric: Fabric, student: str, seed: int = 0) -> dict[str, object]:
+    return distill(experiment, layout, fabric, student, seed, Quiet())
+
+
+@pytest.mark.parametrize("student", ["ce", "kd", "e2kd", "kd-frozen", "e2kd-frozen"])
+def test_every_student_trains_and_leaves_a_whole_run(
+    student: str, prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    result = _train(experiment_of(), prepared, fabric, student)
+    run = prepared.run(student, 0)
+    names = {file.name for file in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "last.safetensors", "state.pt", "result.json", "done"} <= names
+    assert json.loads((run / "result.json").read_text()) == result
+    scores = result["splits"]["test-ood"]  # type: ignore[index]
+    assert set(scores) == {"accuracy", "agreement", "epg", "dead", "map_cosine"}
+    assert all(0 <= value <= 1 for value in scores.values())
+    history = Run(run).history()
+    assert [line["epoch"] for line in history] == [0, 1, 2]
+    assert all("val_accuracy" in line for line in history)
+
+
+class _Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 11])
+@pytest.mark.parametrize("student", ["e2kd-frozen", "kd"])
+def test_killed_and_resumed_is_bit_identical(
+    student: str, step: int, prepared: Layout, fabric: Fabric, experiment_of: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = experiment_of()
+    _train(experiment, prepared, fabric, student, seed=1)
+    whole = prepared.run(student, 1).rename(prepared.root / "whole")
+
+    calls = iter(range(100))
+    real = module.StudentStep.__call__
+
+    def dies(self: object, *args: object) -> object:
+        if next(calls) == step:
+            raise _Killed
+        return real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.StudentStep, "__call__", dies)
+    with pytest.raises(_Killed):
+        _train(experiment, prepared, fabric, student, seed=1)
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # whatever happened in between
+    _train(experiment, prepared, fabric, student, seed=1)
+    resumed = prepared.run(student, 1)
+    for name in ("last.safetensors", "best.safetensors"):
+        a, b = load_file(whole / name), load_file(resumed / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    without_time = [[{k: v for k, v in line.items() if k != "seconds"} for line in Run(p).history()] for p in (whole, resumed)]
+    assert without_time[0] == without_time[1]
+
+
+def test_done_runs_are_left_alone(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
+    first = _train(experiment_of(), prepared, fabric, "kd-frozen")
+    stamp = (prepared.run("kd-frozen", 0) / "state.pt").stat().st_mtime_ns
+    assert _train(experiment_of(), prepared, fabric, "kd-frozen") == first
+    assert (prepared.run("kd-frozen", 0) / "state.pt").stat().st_mtime_ns == stamp
+
+
+def test_other_settings_never_continue_a_run(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
+    _train(experiment_of(), prepared, fabric, "kd-frozen")
+    with pytest.raises(ConfigError, match=r"settings\.lr: run 0\.003, config 0\.1"):
+        _train(experiment_of(train__lr=0.1), prepared, fabric, "kd-frozen")
+
+
+def test_frozen_e2kd_with_lambda_0_is_kd(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
+    experiment = experiment_of(students={"a": {}, "b": {"explanation_weight": 1e-30}})
+    _train(experiment, prepared, fabric, "a")
+    _train(experiment, prepared, fabric, "b")
+    a, b = (load_file(prepared.run(name, 0) / "last.safetensors") for name in "ab")
+    assert all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a)
+
+
+def test_a_diverging_run_names_the_step(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
+    with pytest.raises(Exception, match=r"not finite at step \d+ \(epoch \d\)"):
+        _train(experiment_of(train__lr=1e30), prepared, fabric, "kd-frozen")
+
+
+def test_damaged_checkpoint_is_an_error_with_a_mend(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
+    _train(experiment_of(), prepared, fabric, "kd-frozen")
+    run: Path = prepared.run("kd-frozen", 0)
+    (run / "done").unlink()
+    (run / "state.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(Exception, match=r"state\.pt.*delete"):
+        _train(experiment_of(), prepared, fabric, "kd-frozen")
+
+
+def test_bf16_students_train(prepared: Layout, experiment_of: Tiny) -> None:
+    from pipeline.launch import start
+
+    result = _train(experiment_of(train__precision="bf16"), prepared, start("bf16"), "e2kd-frozen")
+    assert result["splits"]

@@ -1,0 +1,104 @@
+"""Metrics on cases small enough to compute by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.metrics import (
+    accuracy,
+    agreement,
+    boxes_to_mask,
+    dead,
+    epg,
+    f1,
+    iou,
+    map_cosine,
+    shift_similarity,
+)
+
+MAPS = torch.tensor([[[[4.0, 2.0], [-5.0, 2.0]]], [[[0.0, 0.0], [-1.0, 0.0]]], [[[1.0, 0.0], [0.0, 0.0]]]])
+MASKS = torch.tensor([[[1, 0], [1, 1]], [[1, 1], [1, 1]], [[0, 1], [1, 0]]]).bool()
+
+
+def test_accuracy_and_agreement() -> None:
+    student = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    teacher = torch.tensor([[0.0, 9.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    assert float(accuracy(student, torch.tensor([1, 0, 0, 0]))) == 0.5
+    assert float(agreement(student, teacher)) == 0.75
+
+
+def test_f1_by_hand() -> None:
+    """Predicted 4 (a logit of 0 counts), true 3, both 2: 2*2 / 7."""
+    logits = torch.tensor([[0.0, -1.0, 2.0], [1.0, -3.0, 1.0]])
+    labels = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    assert float(f1(logits, labels)) == pytest.approx(4 / 7)
+    assert float(f1(-logits - 1, torch.zeros(2, 3))) == 0
+
+
+def test_epg_by_hand() -> None:
+    """Energies 8, 0 and 1; inside 6, 0 and 0."""
+    expected = torch.tensor([0.75, 0.0, 0.0])
+    torch.testing.assert_close(epg(MAPS, MASKS), expected)
+    torch.testing.assert_close(epg(MAPS, MASKS[:, None].float()), expected)
+    assert epg(torch.full((1, 1, 2, 2), 1e-8), torch.ones(1, 1, 2, 2)).item() == 0
+
+
+def test_iou_by_hand() -> None:
+    """Scaled to 0..1: [1, .5, 0, .5]; strictly above .5 is one pixel of three in the mask."""
+    torch.testing.assert_close(iou(MAPS, MASKS), torch.tensor([1 / 3, 0.0, 0.0]))
+    torch.testing.assert_close(iou(MAPS, MASKS, threshold=0.4), torch.tensor([0.5, 0.0, 0.0]))
+    assert iou(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).item() == 0
+
+
+def test_dead_means_all_zero() -> None:
+    maps = torch.zeros(3, 2, 2, 2)
+    maps[1, 1, 0, 0] = -1e-30
+    assert dead(maps).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_map_cosine_by_hand(scale: float) -> None:
+    a = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]).reshape(4, 1, 1, 2)
+    b = torch.tensor([[4.0, 3.0], [0.0, 2.0], [1.0, 1.0], [-1.0, -1.0]]).reshape(4, 1, 1, 2)
+    torch.testing.assert_close(map_cosine(a * scale, b), torch.tensor([0.96, 0.0, 0.0, -1.0]))
+
+
+def test_maps_and_masks_of_other_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="shapes"):
+        map_cosine(torch.rand(2, 1, 7, 7), torch.rand(2, 1, 6, 6))
+    for metric in (epg, iou):
+        with pytest.raises(ValueError, match="upsample"):
+            metric(torch.rand(2, 1, 7, 7), torch.rand(2, 14, 14))
+
+
+def test_explanations_that_move_along_are_similar() -> None:
+    images = torch.rand(4, 3, 32, 32)
+    moving = shift_similarity(lambda x: x.mean(1, keepdim=True), images, [0, 3, 16])
+    assert moving.shape == (3, 4)
+    torch.testing.assert_close(moving, torch.ones(3, 4))
+
+    def fixed(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return torch.rand(len(x), 1, 32, 32) - 0.5
+
+    assert shift_similarity(fixed, images, [5]).abs().max() < 0.2
+
+
+def test_coarse_maps_are_compared_at_image_size() -> None:
+    """Average pooling over 4x4 moves exactly with shifts of 4 px, but for the border cells' interpolation."""
+    images = torch.rand(3, 3, 32, 32)
+    similar = shift_similarity(lambda x: torch.nn.functional.avg_pool2d(x, 4), images, [4])
+    assert similar.min() > 0.99
+
+
+def test_boxes_to_mask() -> None:
+    boxes = torch.tensor([[7, 1.0, 0.0, 3.0, 1.0], [2, 0.6, 2.0, 1.5, 4.0]])
+    union = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    assert torch.equal(boxes_to_mask(boxes, 4, cls=7), union)
+    assert torch.equal(boxes_to_mask(boxes, 4), union)  # the second holds no pixel centre
+    boxes[1, 1] = 0.5
+    union[2:, 0] = True
+    assert torch.equal(boxes_to_mask(boxes, 4), union)
+    assert not boxes_to_mask(torch.zeros(0, 5), 4).any()
