@@ -1,8 +1,8 @@
 """The on-disk formats of e2kd: packed image sets and teacher stores. Usable without torch.
 
-    images = open_images("out/toybirds/images/train")
-    store = open_store("out/toybirds/stores/gradcam-centred/train")
-    images[7].image, store.read([7]).maps
+images = open_images("out/toybirds/images/train")
+store = open_store("out/toybirds/stores/gradcam-centred/train")
+images[7].image, store.read([7]).maps
 """
 
 from artifacts.errors import (

@@ -14,7 +14,7 @@ from numcodecs.abc import Codec
 from artifacts.errors import ConfigError
 
 
-class _FloatCodec(Codec):  # type: ignore[misc]
+class _FloatCodec(Codec):
     """Casts float32 to a float type. `encode` raises ValueError where a value is not finite afterwards."""
 
     stored_dtype: ClassVar[np.dtype[Any]]

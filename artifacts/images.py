@@ -1,9 +1,9 @@
 """ImageSet: the canonical views as WebDataset tar shards, written and read by row.
 
-    images/<split>/shard-000000.tar        <key>.png, <key>.json[, <key>.mask.png] per sample: plain WebDataset
-                   shard-000000.rows.json  per row: key, label, group, and where its members lie in the tar
-                   packing.json            what is being packed; a resumed pack must be the same
-                   index.json              written last: without it the set is incomplete
+images/<split>/shard-000000.tar        <key>.png, <key>.json[, <key>.mask.png] per sample: plain WebDataset
+               shard-000000.rows.json  per row: key, label, group, and where its members lie in the tar
+               packing.json            what is being packed; a resumed pack must be the same
+               index.json              written last: without it the set is incomplete
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class ImageSet:
         self.rows_per_shard: int = index["rows_per_shard"]
         self.size: int = self.view["size"]
         starts = range(0, self.rows_per_shard * len(index["shards"]), self.rows_per_shard)
-        self.shards = [ShardInfo(**shard, start=start) for shard, start in zip(index["shards"], starts, strict=True)]
+        self.shards = [
+            ShardInfo(**shard, start=start) for shard, start in zip(index["shards"], starts, strict=True)
+        ]
         self.fingerprint = _fingerprint(index)
         self._rows: list[_Row] | None = None
         self._maps: dict[int, mmap.mmap] = {}
@@ -138,7 +140,9 @@ class ImageSet:
 
     def _all_rows(self) -> list[_Row]:
         if self._rows is None:
-            self._rows = [row for shard in self.shards for row in _read_rows(self.path / _sidecar(shard.name))]
+            self._rows = [
+                row for shard in self.shards for row in _read_rows(self.path / _sidecar(shard.name))
+            ]
         return self._rows
 
     def _pixels(self, row: int) -> np.ndarray:
@@ -174,7 +178,9 @@ def open_images(url: str | Path) -> ImageSet:
         raise ImageSetError(f"the image set {path} {state}; run: e2kd pack CONFIG")
     index = json.loads(file.read_text())
     if index["schema_version"] > SCHEMA_VERSION:
-        raise ImageSetError(f"{file} has schema {index['schema_version']}, this e2kd reads {SCHEMA_VERSION}; update e2kd")
+        raise ImageSetError(
+            f"{file} has schema {index['schema_version']}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+        )
     images = ImageSet(path, index)
     for shard in images.shards:
         tar = path / shard.name
@@ -206,7 +212,13 @@ def write_images(
     Raises ImageSetError for unfit or repeated keys, or where the folder holds a set of something else.
     """
     path = local_path(url)
-    plan = {"view": view, "classes": list(classes), "source": source, "count": count, "rows_per_shard": rows_per_shard}
+    plan = {
+        "view": view,
+        "classes": list(classes),
+        "source": source,
+        "count": count,
+        "rows_per_shard": rows_per_shard,
+    }
     plan |= {"schema_version": SCHEMA_VERSION, "format": image_format}
     _begin(path, plan)
     seen: dict[str, int] = {}
@@ -243,7 +255,11 @@ def _begin(path: Path, plan: dict[str, Any]) -> None:
 
 
 def _write_shard(
-    tar: Path, rows: range, get: Callable[[int], Sample], image_format: str, progress: Callable[[int], None] | None
+    tar: Path,
+    rows: range,
+    get: Callable[[int], Sample],
+    image_format: str,
+    progress: Callable[[int], None] | None,
 ) -> None:
     from webdataset import TarWriter  # it imports torch
 

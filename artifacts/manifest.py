@@ -101,8 +101,14 @@ class Manifest(ManifestDraft):
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """`field: store X, config Y` for every field of the draft that differs."""
     names = ManifestDraft.model_fields
-    a, b = (_flat({name: value for name, value in m.model_dump().items() if name in names}) for m in (old, new))
-    return [f"{key}: store {a.get(key)!r}, config {b.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    a, b = (
+        _flat({name: value for name, value in m.model_dump().items() if name in names}) for m in (old, new)
+    )
+    return [
+        f"{key}: store {a.get(key)!r}, config {b.get(key)!r}"
+        for key in {**a, **b}
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -98,7 +98,7 @@ class StoreWriter:
             "maps": self._encoded("maps", rows.maps, keys),
             "map_scale": np.ones(rows.maps.shape[:3], np.float32),
         }
-        group = zarr.open_group(self.path, mode="r+", zarr_format=3)
+        group: Any = zarr.open_group(self.path, mode="r+", zarr_format=3)
         with zarr.config.set({"array.write_empty_chunks": True}):
             for name, values in stored.items():
                 group[name][span.start : span.stop] = values
@@ -127,9 +127,12 @@ class StoreWriter:
             versions=_versions(),
         )
         file = self.path / "manifest.json"
-        if not file.exists():
-            write_atomic(file, manifest.model_dump_json(indent=1).encode())
-        return Manifest.model_validate_json(file.read_bytes())
+        if file.exists():
+            old = Manifest.model_validate_json(file.read_bytes())
+            if old.shards == records:  # nothing new: the versions that made it stay on record
+                return old
+        write_atomic(file, manifest.model_dump_json(indent=1).encode())
+        return manifest
 
     def _check_same(self, old: ManifestDraft) -> None:
         check_same(self.path, old, self.draft)
@@ -241,11 +244,15 @@ def open_store(url: str | Path) -> TeacherStore:
         raise IncompleteStore(_state(path))
     raw = json.loads(file.read_text())
     if raw["schema_version"] > SCHEMA_VERSION:
-        raise StoreError(f"{file} has schema {raw['schema_version']}, this e2kd reads {SCHEMA_VERSION}; update e2kd")
+        raise StoreError(
+            f"{file} has schema {raw['schema_version']}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+        )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        raise DamagedStore(f"{file} is not a manifest ({error.error_count()} wrong fields); {_MEND}") from None
+        raise DamagedStore(
+            f"{file} is not a manifest ({error.error_count()} wrong fields); {_MEND}"
+        ) from None
     for record in manifest.shards:
         for name, what in _wrong_sizes(path, record).items():
             raise DamagedStore(damage(path, name, record.shard, range(record.start, record.stop), what))
@@ -267,7 +274,7 @@ def damage(path: Path, name: str, shard: int, rows: range, what: str) -> str:
     """The sentence for a damaged object."""
     return (
         f"{path}: array {name}, shard {shard} (rows {rows.start} to {rows.stop - 1}) {what}; "
-        f"delete {path / 'commits' / f'{shard:06d}.json'} and {path / 'manifest.json'}, then {_MEND}"
+        f"delete {path / 'commits' / f'{shard:06d}.json'} and {_MEND}"
     )
 
 
@@ -276,7 +283,12 @@ def _arrays(draft: ManifestDraft) -> dict[str, dict[str, Any]]:
     s = draft.shape
     head = (s.rows, s.views)
     plans: dict[str, tuple[tuple[int, ...], tuple[str, ...], Any, Any]] = {
-        "logits": ((*head, s.classes), ("sample", "view", "class"), get_codec(draft.logits.codec).stored_dtype, np.nan),
+        "logits": (
+            (*head, s.classes),
+            ("sample", "view", "class"),
+            get_codec(draft.logits.codec).stored_dtype,
+            np.nan,
+        ),
         "explained_class": ((*head, s.explained), ("sample", "view", "explained"), np.dtype("int32"), -1),
         "maps": (
             (*head, s.explained, s.channels, s.height, s.width),

@@ -114,7 +114,9 @@ def _shard_problems(store: TeacherStore, record: ShardRecord, images: ImageSet |
             found.append(Problem(what, mend, record.shard, name, rows))
     if images is not None and record.shard < len(images.shards):
         if images.keys_sha256(record.shard) != record.keys_sha256:
-            found.append(Problem("its rows are other samples than the image set's", mend, record.shard, None, rows))
+            found.append(
+                Problem("its rows are other samples than the image set's", mend, record.shard, None, rows)
+            )
     return found
 
 
@@ -147,7 +149,11 @@ def _tar_problems(images: ImageSet, shard: int) -> list[Problem]:
         for row in rows:
             sample = images[row]
             if sample.image.shape != (3, images.size, images.size):
-                found.append(Problem(f"{sample.key} has shape {sample.image.shape}", mend, shard, info.name, (row, row)))
+                found.append(
+                    Problem(
+                        f"{sample.key} has shape {sample.image.shape}", mend, shard, info.name, (row, row)
+                    )
+                )
     except (tarfile.TarError, ImageSetError, ValueError, KeyError) as error:
         found.append(Problem(f"cannot be read ({error})", mend, shard, info.name, span))
     return found

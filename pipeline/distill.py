@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from artifacts import ImageSet, TeacherStore, open_images
 from artifacts.errors import ConfigError
 from pipeline import losses
-from pipeline.augment import PairedAugment, warp
+from pipeline.augment import PairedAugment
 from pipeline.config import Experiment, StudentConfig
 from pipeline.data.loader import Answers, Batch, PairedRows, TrainBatches
 from pipeline.data.rows import select_rows
 from pipeline.evaluate import score, student_answers
+from pipeline.launch import reduced
 from pipeline.layout import Layout
 from pipeline.models import Classifier, build, load_weights
 from pipeline.models.sync_norm import convert
@@ -27,6 +28,7 @@ from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.teacher import build_explainer, class_count, load_teacher, map_size
 from pipeline.train import fit, kept_weights
+from pipeline.warp import resample
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ class StudentStep:
             assert maps is not None
             return batch.teacher._replace(maps=maps)
         answer = self.teacher(images)
-        identity = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)
-        return Answers(answer.logits, answer.classes, warp(answer.maps, identity, self.augment.map_size))
+        return Answers(answer.logits, answer.classes, resample(answer.maps, self.augment.map_size))
 
     def _logit_loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         if self.settings.loss == "ce":
@@ -80,7 +81,7 @@ class StudentStep:
         """Makes the mean of the processes' means the mean over all valid samples of the global batch."""
         if self.fabric.world_size == 1:
             return 1.0
-        mean: Tensor = self.fabric.all_reduce(valid.detach().float(), reduce_op="mean")
+        mean = reduced(self.fabric, valid.detach().float(), "mean")
         return torch.where(mean > 0, valid / mean.clamp(min=1e-9), torch.zeros_like(mean))
 
 
@@ -110,7 +111,11 @@ def distill(
         convert(net.net)
     explainer = build_explainer(experiment.explain, net)
     augment = _paired_augment(settings, seed, images, net)
-    teacher = _online_teacher(experiment, layout, fabric, images) if settings.needs_teacher and settings.mode == "online" else None
+    teacher = (
+        _online_teacher(experiment, layout, fabric, images)
+        if settings.needs_teacher and settings.mode == "online"
+        else None
+    )
     validation = _scored_rows(experiment, layout, experiment.evaluate.select, settings.cache_mib)
     fit(
         fabric,

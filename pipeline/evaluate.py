@@ -9,9 +9,9 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pipeline import metrics
-from pipeline.augment import PairedAugment
-from pipeline.config import AugmentConfig
 from pipeline.data.loader import Batch, PairedRows
+from pipeline.launch import reduced
+from pipeline.warp import resample
 
 Answer = Callable[[Batch, Tensor], tuple[Tensor, Tensor]]
 """(batch, images f32 [B,3,S,S]) -> (logits [B,C], maps [B,1,h,w] for the teacher's explained classes)."""
@@ -45,37 +45,28 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
     mine = data.rows[fabric.global_rank :: fabric.world_size]
     for start in range(0, len(mine), batch_size):
         batch = data.read(mine[start : start + batch_size]).to(fabric.device)
-        for name, values in _measure(answer, batch).items():
+        for name, values in _measure(answer, batch, data.labelled).items():
             totals[name] = (
                 totals.get(name, torch.zeros((), dtype=torch.float64)) + values.double().sum().cpu()
             )
     names = list(totals)
-    sums = fabric.all_reduce(
-        torch.stack([totals[name] for name in names]).float().to(fabric.device), reduce_op="sum"
-    )
+    sums = reduced(fabric, torch.stack([totals[name] for name in names]).float().to(fabric.device), "sum")
     return {name: float(value) / len(data.rows) for name, value in zip(names, sums.cpu(), strict=True)}
 
 
 @torch.no_grad()
-def _measure(answer: Answer, batch: Batch) -> dict[str, Tensor]:
+def _measure(answer: Answer, batch: Batch, labelled: bool) -> dict[str, Tensor]:
     """Per-sample values [B]."""
-    images, _, _ = _CANONICAL(batch.images, None, batch.rows, 0)
-    logits, maps = answer(batch, images)
+    logits, maps = answer(batch, batch.images.float() / 255)
     values: dict[str, Tensor] = {"dead": metrics.dead(maps)}
-    if (batch.labels >= 0).all():
+    if labelled:
         values["accuracy"] = logits.argmax(1) == batch.labels
     if batch.teacher is not None:
         values["agreement"] = logits.argmax(1) == batch.teacher.logits.argmax(1)
-        teacher = PairedAugment(_OFF, map_size=tuple(maps.shape[-2:]))(
-            batch.images, batch.teacher.maps, batch.rows, 0
-        )[1]
-        values["map_cosine"] = metrics.map_cosine(maps, teacher)
+        height, width = maps.shape[-2:]
+        values["map_cosine"] = metrics.map_cosine(maps, resample(batch.teacher.maps, (height, width)))
     if batch.masks is not None:
         size = batch.masks.shape[-2:]
         full = nn.functional.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
         values["epg"] = metrics.epg(full, batch.masks > 0.5)
     return values
-
-
-_OFF = AugmentConfig(enabled=False)
-_CANONICAL = PairedAugment(_OFF)

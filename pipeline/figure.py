@@ -33,7 +33,8 @@ def draw(experiment: Experiment, layout: Layout, path: Path) -> None:
     columns = 2 + len(students)
     rows = PER_SPLIT * len(blocks)
     figure = plt.figure(figsize=(1.35 * columns, 1.35 * rows + 3.4), layout="constrained")
-    gallery, curves = figure.subfigures(2, 1, height_ratios=[1.35 * rows, 3.2])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.35 * rows, 3.2])
+    gallery, curves = parts
     axes = gallery.subplots(rows, columns, squeeze=False)
     for index, (split, block) in enumerate(zip(splits, blocks, strict=True)):
         _draw_block(axes[index * PER_SPLIT : (index + 1) * PER_SPLIT], split, block)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from artifacts.durable import write_atomic
 from torch import Tensor, nn
 
 from artifacts import ImageSet, TeacherStore
+from artifacts.durable import write_atomic
 from pipeline.augment import PairedAugment
 from pipeline.config import AugmentConfig
 from pipeline.metrics import map_cosine
@@ -53,6 +53,7 @@ def _cosines(
         classes = torch.from_numpy(stored.explained_class[:, 0, 0]).to(device)
         pixels = torch.from_numpy(images.read_images(part)).to(device)
         warped_images, warped_maps, _ = paired(pixels, frozen, torch.from_numpy(part), 0)
+        assert warped_maps is not None
         found.append(_both_alive(warped_maps, explainer(warped_images, classes).maps))
     cosines = torch.cat(found).cpu()
     if not len(cosines):

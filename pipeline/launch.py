@@ -7,6 +7,7 @@ import warnings
 from typing import Literal
 
 from lightning_fabric import Fabric
+from torch import Tensor
 
 _PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -28,6 +29,13 @@ def start(precision: str = "fp32") -> Fabric:
         )
         fabric.launch()
     return fabric
+
+
+def reduced(fabric: Fabric, values: Tensor, how: Literal["mean", "sum"]) -> Tensor:
+    """A tensor's mean or sum over the processes."""
+    result = fabric.all_reduce(values, reduce_op=how)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _processes() -> tuple[int, int]:

@@ -25,6 +25,12 @@ class Layout:
     def store(self, name: str, split: str) -> Path:
         return self.stores(name) / split
 
+    def teacher_scores(self, name: str, split: str) -> Path:
+        return self.stores(name) / f"teacher-{split}.json"
+
+    def freezing_gap(self, name: str) -> Path:
+        return self.stores(name) / "freezing-gap.json"
+
     @property
     def runs(self) -> Path:
         return self.root / "runs"

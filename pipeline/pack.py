@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from artifacts.images import write_images
-
 from artifacts import ImageSet, open_images
+from artifacts.images import write_images
 from pipeline.config import Experiment
 from pipeline.data import open_source
 from pipeline.layout import Layout

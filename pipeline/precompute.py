@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +42,9 @@ def precompute(
     if todo:
         explainer = build_explainer(experiment.explain, teacher).to(fabric.device)
         mine = todo[fabric.global_rank :: fabric.world_size]
-        with progress.bar(f"precompute {split}", sum(len(images.shard_rows(k)) for k in mine), "image") as advance:
+        with progress.bar(
+            f"precompute {split}", sum(len(images.shard_rows(k)) for k in mine), "image"
+        ) as advance:
             for shard in mine:
                 rows = images.shard_rows(shard)
                 answers = []
@@ -65,7 +66,7 @@ def precompute(
 
 def measure_gap(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
     """Measure, once, how far frozen maps are from live ones, under the students' geometry, and say it."""
-    file = layout.stores(experiment.store_name) / "freezing-gap.json"
+    file = layout.freezing_gap(experiment.store_name)
     student = next(iter(experiment.students.values()))
     if file.exists() or not fabric.is_global_zero:
         return
@@ -96,7 +97,9 @@ def _draft(experiment: Experiment, teacher: Classifier, images: ImageSet) -> Man
             classes=class_count(experiment, images),
             class_names=images.classes,
         ),
-        explainer=ExplainerInfo(name=experiment.explain.explainer, settings={"logit": experiment.explain.logit}),
+        explainer=ExplainerInfo(
+            name=experiment.explain.explainer, settings={"logit": experiment.explain.logit}
+        ),
         view=images.view,
         images=images.fingerprint,
         shape=StoreShape(
@@ -136,15 +139,11 @@ def _joined(parts: list[TeacherRows]) -> TeacherRows:
     )
 
 
-def teacher_scores_file(layout: Layout, experiment: Experiment, split: str) -> Path:
-    return layout.stores(experiment.store_name) / f"teacher-{split}.json"
-
-
 def _write_teacher_scores(
     experiment: Experiment, layout: Layout, split: str, images: ImageSet, store: TeacherStore, fabric: Fabric
 ) -> None:
     """The teacher's own accuracy and EPG, for the report; read off the store."""
-    file = teacher_scores_file(layout, experiment, split)
+    file = layout.teacher_scores(experiment.store_name, split)
     if file.exists():
         return
     fabric.barrier()

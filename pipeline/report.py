@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from artifacts.durable import write_atomic
-
 from artifacts.errors import ConfigError
 from pipeline.config import Experiment, StudentConfig
 from pipeline.layout import Layout
@@ -90,7 +89,7 @@ def _about(experiment: Experiment, layout: Layout) -> list[str]:
         f"- explanation: {explain.explainer} of the {explain.logit} logit",
         f"- seeds: {', '.join(map(str, experiment.seeds))}",
     ]
-    file = layout.stores(experiment.store_name) / "freezing-gap.json"
+    file = layout.freezing_gap(experiment.store_name)
     if file.exists():
         from pipeline.gap import read_gap, tell
 
@@ -120,7 +119,8 @@ def _table(
 ) -> str:
     scores = {name: _by_metric(runs, split) for name, runs in results.items()}
     teacher = teacher_scores(layout, experiment, split)
-    names = [metric for metric in METRICS if any(metric in row for row in (teacher, *scores.values()))]
+    found = set(teacher).union(*scores.values())
+    names = [metric for metric in METRICS if metric in found]
     rows = [["student", *(METRICS[name] for name in names)]]
     rows.append(["teacher", *(_cell([teacher[n]], None) if n in teacher else "" for n in names)])
     for student, values in scores.items():
@@ -142,8 +142,9 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def teacher_scores(layout: Layout, experiment: Experiment, split: str) -> dict[str, float]:
     """The teacher's scores on a split, written beside its store by precompute."""
-    file = layout.stores(experiment.store_name) / f"teacher-{split}.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    file = layout.teacher_scores(experiment.store_name, split)
+    scores: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    return scores
 
 
 def _by_metric(runs: Sequence[dict[str, Any]], split: str) -> dict[str, list[float]]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import yaml
-from artifacts.durable import write_atomic
 
+from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, E2kdError
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class TeacherStep:
         return {"loss": total, "classification": classification, "outside": outside, "valid_maps": valid}
 
 
-def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> dict[str, object]:
+def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> dict[str, Any]:
     """Train the teacher, or continue, or return the result that is there.
 
     Raises ConfigError where the config names a pretrained teacher, DataError where guidance lacks a mask or box.
@@ -88,7 +89,9 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
         ),
         TeacherStep(
             settings.guide,
-            PairedAugment(settings.augment, seed=settings.seed, keys=images.keys, map_size=map_size(net, images.size)),
+            PairedAugment(
+                settings.augment, seed=settings.seed, keys=images.keys, map_size=map_size(net, images.size)
+            ),
         ),
         run,
         validate=(

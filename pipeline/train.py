@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from artifacts.errors import E2kdError
 from pipeline.config import Schedule
 from pipeline.data.loader import Batch, TrainBatches
+from pipeline.launch import reduced
 from pipeline.models import save_weights
 from pipeline.progress import Progress
 from pipeline.run import Run
@@ -146,7 +147,7 @@ def _mean_of_epoch(
     """Means over the epoch's steps and the processes; stops at a loss that is not finite, naming the step."""
     names = list(logged[0])
     table = torch.stack([torch.stack([values[name].float() for name in names]) for values in logged])
-    table = fabric.all_reduce(table, reduce_op="mean")
+    table = reduced(fabric, table, "mean")
     bad = (~table[:, names.index("loss")].isfinite()).nonzero()
     if len(bad):
         raise Diverged(

@@ -35,6 +35,11 @@ def warp(
     return F.avg_pool2d(out, fine) if fine > 1 else out
 
 
+def resample(maps: Tensor, size: Size | int | None) -> Tensor:
+    """[B,c,h,w] -> float32 [B,c,*size] without any geometry."""
+    return warp(maps, torch.eye(2, 3, device=maps.device).expand(len(maps), 2, 3), size)
+
+
 def shrink(images: Tensor, theta: Tensor, size: Size) -> Tensor:
     """Antialiased crop and flip, torchvision's: [B,3,S,S] (any dtype) -> float32 [B,3,*size].
 

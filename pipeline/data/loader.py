@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from artifacts import ImageSet, TeacherStore
+from artifacts import ImageSet, Sample, TeacherStore
 from artifacts.errors import DataError
 from pipeline.draws import epoch_order
 from pipeline.metrics import boxes_to_mask
@@ -41,7 +41,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            *(part.to(device, non_blocking=True) for part in (self.rows, self.images, self.labels)),
+            rows=self.rows.to(device, non_blocking=True),
+            images=self.images.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
             masks=None if self.masks is None else self.masks.to(device, non_blocking=True),
             teacher=None if self.teacher is None else Answers(*(part.to(device) for part in self.teacher)),
         )
@@ -50,8 +52,8 @@ class Batch:
 class PairedRows(Dataset[Batch]):
     """The chosen rows of an image set with the same rows of a teacher store; `read(rows)` gives a Batch.
 
-    `masks` asks for object masks: "mask" (the packed mask), "box" (the boxes, filled), "any" (mask, else boxes,
-    else none at all when a sample has neither). A missing one is a DataError for "mask" and "box".
+    `masks` asks for object masks: "mask" (the packed mask), "box" (the boxes, filled) or "any" (mask, else boxes; none
+    at all where the first sample has neither). A sample without its mask is a DataError.
     Decoded images are kept in memory when they fit into `cache_mib`.
     """
 
@@ -64,15 +66,22 @@ class PairedRows(Dataset[Batch]):
         masks: str | None = None,
         cache_mib: int = 0,
     ) -> None:
-        self.images, self.store, self.masks = images, store, masks
+        self.images, self.store = images, store
         self.rows = np.arange(len(images)) if rows is None else np.sort(np.asarray(rows))
+        self.masks = masks if masks != "any" or _annotated(images[int(self.rows[0])]) else None
         self._labels = np.array([label if isinstance(label, int) else -1 for label in images.labels])
+        self._mask_cache: dict[int, np.ndarray] = {}
         self._cached: np.ndarray | None = None
         if len(self.rows) * 3 * images.size**2 <= cache_mib * 2**20:
             self._cached = images.read_images(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every row has a label (one class)."""
+        return bool((self._labels[self.rows] >= 0).all())
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         return self.read(np.asarray(rows))
@@ -95,24 +104,35 @@ class PairedRows(Dataset[Batch]):
             return self.images.read_images(rows)
         return self._cached[np.searchsorted(self.rows, rows)]
 
-    def _masks(self, rows: np.ndarray) -> Tensor | None:
-        found = [self._mask(int(row)) for row in rows]
-        if any(mask is None for mask in found):
-            return None
-        return torch.from_numpy(np.stack([mask for mask in found if mask is not None]))[:, None]
+    def _masks(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.stack([self._mask(int(row)) for row in rows]))[:, None].float() / 255
 
-    def _mask(self, row: int) -> np.ndarray | None:
+    def _mask(self, row: int) -> np.ndarray:
+        """u8 [S,S], 0..255."""
+        if row not in self._mask_cache:
+            mask = self._read_mask(row)
+            if self._cached is None:
+                return mask
+            self._mask_cache[row] = mask
+        return self._mask_cache[row]
+
+    def _read_mask(self, row: int) -> np.ndarray:
         sample = self.images[row]
         if sample.mask is not None and self.masks in ("mask", "any"):
-            return sample.mask.astype(np.float32) / 255
+            return sample.mask
         if sample.boxes is not None and len(sample.boxes) and self.masks in ("box", "any"):
-            return boxes_to_mask(torch.from_numpy(sample.boxes), self.images.size).float().numpy()
-        if self.masks == "any":
-            return None
+            return (
+                boxes_to_mask(torch.from_numpy(sample.boxes), self.images.size).numpy().astype(np.uint8) * 255
+            )
+        wanted = "mask or box" if self.masks == "any" else self.masks
         raise DataError(
-            f"{self.images.path}: sample {sample.key!r} (row {row}) has no {self.masks}, which guidance needs; "
-            f"use data with a {self.masks} for every image, or remove teacher.train.guide"
+            f"{self.images.path}: sample {sample.key!r} (row {row}) has no {wanted}, which guidance and EPG need of "
+            "every image; annotate it, or remove teacher.train.guide and the annotations"
         )
+
+
+def _annotated(sample: Sample) -> bool:
+    return sample.mask is not None or (sample.boxes is not None and len(sample.boxes) > 0)
 
 
 def batches_per_epoch(count: int, batch_size: int, world: int) -> int:
@@ -171,5 +191,5 @@ class TrainBatches:
         return iter(self.loader)
 
 
-def _already_a_batch(batch: Batch) -> Batch:
+def _already_a_batch(batch: Any) -> Any:
     return batch

@@ -37,8 +37,11 @@ def draw_block(seed: int, split: str, number: int) -> Block:
 
 
 def _shapes(rng: np.random.Generator, labels: npt.NDArray[np.int64]) -> Array:
-    """Signed distances [B,S,S] in px, positive inside: any place and angle, half extent .18-.34 of the image."""
-    pose = Pose.draw(rng, len(labels), extent=(0.18, 0.34), degrees=180)
+    """Signed distances [B,S,S] in px, positive inside.
+
+    Smaller or freely turned shapes leave few-shot students at chance, with and without explanations.
+    """
+    pose = Pose.draw(rng, len(labels), extent=(0.32, 0.44), degrees=20)
     x, y = pose.coordinates()
     distance = np.empty_like(x)
     for label, silhouette in enumerate(SILHOUETTES.values()):

@@ -68,6 +68,15 @@ def test_mistakes_exit_2(arguments: list[str], message: str) -> None:
 
 
 def test_dry_run_prints_the_resolved_config() -> None:
-    command = [sys.executable, "-m", "cli", "distill", "configs/toybirds.yaml", "--dry-run", "--set", "train.lr=0.5"]
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "distill",
+        "configs/toybirds.yaml",
+        "--dry-run",
+        "--set",
+        "train.lr=0.5",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "lr: 0.5" in done.stdout

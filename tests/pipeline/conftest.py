@@ -23,7 +23,11 @@ TINY: dict[str, Any] = {
     "explain": {"logit": "centred"},
     "store": {"rows_per_shard": 32, "batch_size": 16},
     "augment": {"crop_scale": [0.6, 1.0]},
-    "teacher": {"model": "toy/resnet", "width": 4, "train": {"epochs": 2, "lr": 3e-3, "guide": {"by": "mask"}}},
+    "teacher": {
+        "model": "toy/resnet",
+        "width": 4,
+        "train": {"epochs": 2, "lr": 3e-3, "guide": {"by": "mask"}},
+    },
     "train": {"model": "toy/resnet", "width": 4, "rows": 64, "epochs": 3, "batch_size": 16, "lr": 3e-3},
     "students": {
         "ce": {"loss": "ce"},

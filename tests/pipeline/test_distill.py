@@ -22,7 +22,9 @@ from pipeline.run import Run
 Tiny = Callable[..., Experiment]
 
 
-def _train(experiment: Experiment, layout: Layout, fabric: Fabric, student: str, seed: int = 0) -> dict[str, object]:
+def _train(
+    experiment: Experiment, layout: Layout, fabric: Fabric, student: str, seed: int = 0
+) -> dict[str, object]:
     return distill(experiment, layout, fabric, student, seed, Quiet())
 
 
@@ -50,7 +52,12 @@ class _Killed(BaseException):
 @pytest.mark.parametrize("step", [1, 4, 7, 11])
 @pytest.mark.parametrize("student", ["e2kd-frozen", "kd"])
 def test_killed_and_resumed_is_bit_identical(
-    student: str, step: int, prepared: Layout, fabric: Fabric, experiment_of: Tiny, monkeypatch: pytest.MonkeyPatch
+    student: str,
+    step: int,
+    prepared: Layout,
+    fabric: Fabric,
+    experiment_of: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experiment = experiment_of()
     _train(experiment, prepared, fabric, student, seed=1)
@@ -74,7 +81,10 @@ def test_killed_and_resumed_is_bit_identical(
     for name in ("last.safetensors", "best.safetensors"):
         a, b = load_file(whole / name), load_file(resumed / name)
         assert all(torch.equal(a[key], b[key]) for key in a)
-    without_time = [[{k: v for k, v in line.items() if k != "seconds"} for line in Run(p).history()] for p in (whole, resumed)]
+    without_time = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in Run(p).history()]
+        for p in (whole, resumed)
+    ]
     assert without_time[0] == without_time[1]
 
 
@@ -104,7 +114,9 @@ def test_a_diverging_run_names_the_step(prepared: Layout, fabric: Fabric, experi
         _train(experiment_of(train__lr=1e30), prepared, fabric, "kd-frozen")
 
 
-def test_damaged_checkpoint_is_an_error_with_a_mend(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
+def test_damaged_checkpoint_is_an_error_with_a_mend(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
     _train(experiment_of(), prepared, fabric, "kd-frozen")
     run: Path = prepared.run("kd-frozen", 0)
     (run / "done").unlink()

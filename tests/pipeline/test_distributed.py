@@ -17,11 +17,22 @@ WORKER = Path(__file__).parent / "ddp_worker.py"
 def _run(root: Path, student: str, processes: int) -> list[float]:
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--master-addr",
+            "127.0.0.1",
+        ]
         launch += ["--master-port", "29577"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*launch, str(WORKER), str(root), student], capture_output=True, text=True, check=False, env=environment
+        [*launch, str(WORKER), str(root), student],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     losses: list[float] = json.loads((root / "losses.json").read_text())
@@ -29,7 +40,9 @@ def _run(root: Path, student: str, processes: int) -> list[float]:
 
 
 def _files(root: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()
+    }
 
 
 @pytest.fixture(scope="module")

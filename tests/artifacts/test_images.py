@@ -1,0 +1,290 @@
+"""Image sets: what is packed comes back, whoever reads it; what is not finished or not whole is not trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from artifacts import ImageSet, ImageSetError, Sample, open_images
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Sample))
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_lossless_formats_give_back_every_field(tmp_path: Path, tools: Any, image_format: str) -> None:
+    images = tools.pack(tmp_path / "set", image_format=image_format)
+    assert len(images) == tools.rows
+    for row in range(tools.rows):
+        assert same(images[row], tools.sample(row)), row
+    assert images[1].label == (0, 1)
+    assert images[2].label is None
+    assert images[1].boxes is not None
+    assert images[1].boxes.dtype == np.float32
+    assert images.keys == [tools.sample(row).key for row in range(tools.rows)]
+    assert images.labels == [tools.sample(row).label for row in range(tools.rows)]
+    assert images.groups == [tools.sample(row).group for row in range(tools.rows)]
+
+
+def test_jpeg_is_close_on_smooth_images(tmp_path: Path, tools: Any) -> None:
+    ramp = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8) * 8
+    images = tools.pack(
+        tmp_path / "set",
+        lambda row: dataclasses.replace(tools.sample(row), image=np.stack([ramp] * 3)),
+        image_format="jpg",
+    )
+    assert np.abs(images[5].image.astype(int) - ramp).max() <= 4
+    assert same(dataclasses.replace(images[5], image=0), dataclasses.replace(tools.sample(5), image=0))
+
+
+def test_rows_are_read_in_any_order_and_past_the_end_is_an_error(packed: ImageSet, tools: Any) -> None:
+    order = np.array([10, 0, 7, 7])
+    assert np.array_equal(packed.read_images(order), np.stack([tools.sample(int(r)).image for r in order]))
+    for row in (-1, tools.rows):
+        with pytest.raises(IndexError):
+            packed[row]
+    assert [len(packed.shard_rows(shard)) for shard in range(3)] == [4, 4, 3]
+
+
+@pytest.mark.filterwarnings("ignore::Warning:webdataset")
+def test_plain_webdataset_reads_the_shards(packed: ImageSet, tools: Any) -> None:
+    import webdataset
+
+    seen = [
+        item
+        for shard in packed.shards
+        for item in webdataset.WebDataset(str(packed.path / shard.name), shardshuffle=False).decode("rgb8")
+    ]
+    assert [item["__key__"] for item in seen] == packed.keys
+    for row, item in enumerate(seen):
+        expected = tools.sample(row)
+        assert np.array_equal(item["png"].transpose(2, 0, 1), expected.image)
+        label = expected.label
+        assert item["json"]["label"] == (list(label) if isinstance(label, tuple) else label)
+        assert item["json"].get("group") == expected.group
+        assert ("mask.png" in item) == (expected.mask is not None)
+
+
+def test_a_copy_sent_to_a_worker_reads_the_same(packed: ImageSet) -> None:
+    before = packed[5]  # opens a file
+    assert same(pickle.loads(pickle.dumps(packed))[5], before)
+
+
+def test_fingerprint_is_of_the_contents_and_the_view(tmp_path: Path, tools: Any) -> None:
+    def other(row: int) -> Sample:
+        return dataclasses.replace(tools.sample(row), image=tools.sample(row).image ^ (row == 9))
+
+    first = tools.pack(tmp_path / "a").fingerprint
+    assert tools.pack(tmp_path / "b").fingerprint == first
+    assert tools.pack(tmp_path / "c", other).fingerprint != first
+    assert tools.pack(tmp_path / "d", view={"size": 16, "resize": "crop"}).fingerprint != first
+
+
+# ---- interrupted packs
+
+
+def kill_in_shard(path: Path, shard: int) -> None:
+    """The folder as a pack killed in a shard leaves it: earlier shards whole, this one not renamed yet."""
+    tar = path / f"shard-{shard:06d}.tar"
+    (path / "index.json").unlink()
+    for later in sorted(path.glob("shard-*"))[2 * shard + 2 :]:
+        later.unlink()
+    tar.with_suffix(".rows.json").unlink()
+    tar.rename(tar.with_name(tar.name + ".partial")).write_bytes(b"half a tar")
+
+
+def before_sidecar(path: Path) -> None:
+    """Killed when the tar was renamed and its row list was not written."""
+    (path / "index.json").unlink()
+    (path / "shard-000001.rows.json").unlink()
+
+
+def before_index(path: Path) -> None:
+    (path / "index.json").rename(path / "index.json.partial")
+
+
+def without_tar(path: Path) -> None:
+    (path / "index.json").unlink()
+    (path / "shard-000001.tar").unlink()
+
+
+def short_tar(path: Path) -> None:
+    (path / "index.json").unlink()
+    tar = path / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-2048])
+
+
+def empty_sidecar(path: Path) -> None:
+    (path / "index.json").unlink()
+    (path / "shard-000001.rows.json").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("wound", "asked"),
+    [
+        (lambda path: kill_in_shard(path, 0), range(11)),
+        (lambda path: kill_in_shard(path, 1), range(4, 11)),
+        (lambda path: kill_in_shard(path, 2), range(8, 11)),
+        (before_sidecar, range(4, 8)),
+        (before_index, range(0)),
+        (without_tar, range(4, 8)),
+        (short_tar, range(4, 8)),
+        (empty_sidecar, range(4, 8)),
+    ],
+)
+def test_an_interrupted_pack_is_refused_then_resumes_to_the_same_bytes(
+    packed: ImageSet, tools: Any, wound: Callable[[Path], None], asked: range
+) -> None:
+    whole = tools.snapshot(packed.path)
+    wound(packed.path)
+    with pytest.raises(ImageSetError, match="was not finished; run: e2kd pack"):
+        open_images(packed.path)
+    calls: list[int] = []
+
+    def get(row: int) -> Sample:
+        calls.append(row)
+        return tools.sample(row)
+
+    tools.pack(packed.path, get)
+    assert calls == list(asked)
+    assert tools.snapshot(packed.path) == whole
+
+
+def test_an_exception_while_packing_leaves_a_set_that_resumes(tmp_path: Path, tools: Any) -> None:
+    def failing(row: int) -> Sample:
+        if row == 6:
+            raise KeyboardInterrupt
+        return tools.sample(row)
+
+    with pytest.raises(KeyboardInterrupt):
+        tools.pack(tmp_path / "set", failing)
+    with pytest.raises(ImageSetError, match="was not finished"):
+        open_images(tmp_path / "set")
+    resumed = tools.pack(tmp_path / "set")
+    assert tools.snapshot(resumed.path) == tools.snapshot(tools.pack(tmp_path / "whole").path)
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.rows.json"])
+def test_the_mend_that_a_message_names_mends(packed: ImageSet, tools: Any, name: str) -> None:
+    whole = tools.snapshot(packed.path)
+    (packed.path / name).unlink()
+    with pytest.raises(ImageSetError, match="delete"):
+        open_images(packed.path)
+    (packed.path / "index.json").unlink()
+    tools.pack(packed.path)
+    assert tools.snapshot(packed.path) == whole
+
+
+def test_a_finished_set_is_left_alone(packed: ImageSet, tools: Any) -> None:
+    seen: list[int] = []
+    stamps = {file: file.stat().st_mtime_ns for file in packed.path.iterdir()}
+    tools.pack(packed.path, lambda row: pytest.fail("asked again"), progress=seen.append)
+    assert stamps == {file: file.stat().st_mtime_ns for file in packed.path.iterdir()}
+    assert sum(seen) == tools.rows
+
+
+def test_another_finished_set_is_not_overwritten_and_an_unfinished_one_is(packed: ImageSet, tools: Any) -> None:
+    with pytest.raises(ImageSetError, match=r"view: packed .*fit.*, config .*crop"):
+        tools.pack(packed.path, view={"size": 16, "resize": "crop"})
+    (packed.path / "index.json").unlink()
+    other = tools.pack(packed.path, rows_per_shard=8)
+    assert [shard.rows for shard in other.shards] == [8, 3]
+    assert not list(packed.path.glob("shard-000002*"))
+
+
+# ---- unfit keys
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "a/b", "ä", "a b", "a\n", "../a"])
+def test_unfit_keys_are_refused(tmp_path: Path, tools: Any, key: str) -> None:
+    with pytest.raises(ImageSetError, match="use only letters"):
+        tools.pack(tmp_path / "set", lambda row: dataclasses.replace(tools.sample(row), key=key))
+
+
+@pytest.mark.parametrize("row", [2, 9])
+def test_repeated_keys_are_refused_and_the_corrected_source_packs(tmp_path: Path, tools: Any, row: int) -> None:
+    def twice(asked: int) -> Sample:
+        return dataclasses.replace(tools.sample(asked), key=tools.sample(1 if asked == row else asked).key)
+
+    with pytest.raises(ImageSetError, match=f"rows 1 and {row} have the same key img-0001"):
+        tools.pack(tmp_path / "set", twice)
+    assert len(tools.pack(tmp_path / "set")) == tools.rows
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("left", [None, 0, 700])
+def test_missing_or_short_tars_are_refused_on_opening(packed: ImageSet, left: int | None) -> None:
+    tar = packed.path / "shard-000001.tar"
+    data = tar.read_bytes()
+    tar.unlink() if left is None else tar.write_bytes(data[:left])
+    with pytest.raises(ImageSetError, match=r"shard-000001.tar \(rows 4 to 7\)"):
+        open_images(packed.path)
+
+
+def test_a_changed_row_list_is_refused_when_read(packed: ImageSet) -> None:
+    file = packed.path / "shard-000001.rows.json"
+    file.write_text(file.read_text().replace("img-0005", "img-0006"))
+    images = open_images(packed.path)
+    with pytest.raises(ImageSetError, match=r"shard-000001.rows.json"):
+        images[5]
+
+
+def test_bytes_that_do_not_decode_name_the_row(packed: ImageSet) -> None:
+    tar = packed.path / "shard-000001.tar"
+    for extension in ("png", "json"):
+        whole = tar.read_bytes()
+        place = json.loads((packed.path / "shard-000001.rows.json").read_text())
+        place = next(row for row in place["rows"] if row["key"] == "img-0005")["members"][extension]
+        data = bytearray(whole)
+        data[place[0] : place[0] + place[1]] = b"\xff" * place[1]
+        tar.write_bytes(data)
+        with pytest.raises(ImageSetError, match=r"shard-000001.tar: row 5 cannot be decoded"):
+            open_images(packed.path)[5]
+        tar.write_bytes(whole)
+
+
+def test_index_that_is_newer_or_not_json_is_refused(packed: ImageSet) -> None:
+    file = packed.path / "index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps(index | {"schema_version": 2}))
+    with pytest.raises(ImageSetError, match="schema 2"):
+        open_images(packed.path)
+    for text in ("", "{", "{}"):
+        file.write_text(text)
+        with pytest.raises(ImageSetError, match="index.json"):
+            open_images(packed.path)
+
+
+def test_a_folder_without_a_set(tmp_path: Path) -> None:
+    with pytest.raises(ImageSetError, match="is not there; run: e2kd pack"):
+        open_images(tmp_path)
+
+
+def test_file_urls_open(packed: ImageSet) -> None:
+    assert len(open_images(f"file://{packed.path}")) == len(packed)
+
+
+def test_moved_sets_open(packed: ImageSet, tmp_path: Path) -> None:
+    shutil.move(packed.path, tmp_path / "elsewhere")
+    assert open_images(tmp_path / "elsewhere").fingerprint == packed.fingerprint
+
+
+def test_masks_are_viewable_by_any_reader(packed: ImageSet, tools: Any) -> None:
+    import tarfile
+
+    with tarfile.open(packed.path / "shard-000000.tar") as archive:
+        file = archive.extractfile("img-0001.mask.png")
+        assert file is not None
+        assert np.array_equal(np.asarray(Image.open(file)), tools.sample(1).mask)
