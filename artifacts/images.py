@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class ImageSet:
             ShardInfo(**shard, start=start) for shard, start in zip(index["shards"], starts, strict=True)
         ]
         self.fingerprint = _fingerprint(index)
-        self._rows: list[_Row] | None = None
+        self._rows: dict[int, tuple[_Row, ...]] = {}
         self._maps: dict[int, mmap.mmap] = {}
 
     def __len__(self) -> int:
@@ -111,15 +112,13 @@ class ImageSet:
 
     def keys_sha256(self, shard: int) -> str:
         """Hash of the shard's keys in row order; a store's commit record must name the same."""
-        rows = self.shard_rows(shard)
-        return hashlib.sha256("\n".join(self.keys[rows.start : rows.stop]).encode()).hexdigest()
+        return hashlib.sha256("\n".join(row.key for row in self._shard_list(shard)).encode()).hexdigest()
 
     def __getitem__(self, row: int) -> Sample:
         """Raises IndexError past the end, ImageSetError where the bytes cannot be decoded."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        entry = self._all_rows()[row]
-        about = json.loads(self._member(row, "json"))
+        entry, about = self._row(row), self._about(row)
         boxes = about.get("boxes")
         return Sample(
             key=entry.key,
@@ -138,34 +137,53 @@ class ImageSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # open files do not travel to data-loader workers
 
-    def _all_rows(self) -> list[_Row]:
-        if self._rows is None:
-            self._rows = [
-                row for shard in self.shards for row in _read_rows(self.path / _sidecar(shard.name))
-            ]
-        return self._rows
+    def _shard_list(self, shard: int) -> tuple[_Row, ...]:
+        if shard not in self._rows:
+            info = self.shards[shard]
+            self._rows[shard] = _read_rows(self.path / _sidecar(info.name), info.rows_sha256)
+        return self._rows[shard]
+
+    def _all_rows(self) -> Iterator[_Row]:
+        return itertools.chain.from_iterable(map(self._shard_list, range(len(self.shards))))
+
+    def _row(self, row: int) -> _Row:
+        shard, position = divmod(row, self.rows_per_shard)
+        return self._shard_list(shard)[position]
 
     def _pixels(self, row: int) -> np.ndarray:
-        extension = next(name for name in ("png", "jpg", "webp") if name in self._all_rows()[row].members)
+        extension = next(name for name in ("png", "jpg", "webp") if name in self._row(row).members)
         return np.ascontiguousarray(self._decoded(row, extension, "RGB").transpose(2, 0, 1))
 
     def _decoded(self, row: int, extension: str, mode: str) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(self._member(row, extension))) as image:
-                return np.asarray(image.convert(mode))
-        except (OSError, SyntaxError) as error:
-            shard = self.shards[row // self.rows_per_shard]
-            raise ImageSetError(
-                f"{self.path / shard.name}: row {row} cannot be decoded ({error}); the file is damaged, "
-                f"delete {shard.name} and index.json and run: e2kd pack CONFIG"
-            ) from None
+                pixels = np.asarray(image.convert(mode))
+        except Exception as error:  # Pillow raises whatever its decoders raise
+            raise self._damaged(row, error) from None
+        if pixels.shape[:2] != (self.size, self.size):
+            raise self._damaged(row, f"it has {pixels.shape[:2]} pixels, not {self.size} x {self.size}")
+        return pixels
+
+    def _about(self, row: int) -> dict[str, Any]:
+        try:
+            about: dict[str, Any] = json.loads(self._member(row, "json"))
+        except ValueError as error:
+            raise self._damaged(row, error) from None
+        return about
+
+    def _damaged(self, row: int, what: object) -> ImageSetError:
+        name = self.shards[row // self.rows_per_shard].name
+        return ImageSetError(
+            f"{self.path / name}: row {row} cannot be decoded ({what}); the file is damaged, "
+            f"delete {name} and index.json and run: e2kd pack CONFIG"
+        )
 
     def _member(self, row: int, extension: str) -> bytes:
         shard = row // self.rows_per_shard
         if shard not in self._maps:
             with (self.path / self.shards[shard].name).open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        offset, length = self._all_rows()[row].members[extension]
+        offset, length = self._row(row).members[extension]
         return self._maps[shard][offset : offset + length]
 
 
@@ -176,17 +194,19 @@ def open_images(url: str | Path) -> ImageSet:
     if not file.exists():
         state = "was not finished" if (path / "packing.json").exists() else "is not there"
         raise ImageSetError(f"the image set {path} {state}; run: e2kd pack CONFIG")
-    index = json.loads(file.read_text())
-    if index["schema_version"] > SCHEMA_VERSION:
-        raise ImageSetError(
-            f"{file} has schema {index['schema_version']}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
-        )
-    images = ImageSet(path, index)
+    try:
+        index = json.loads(file.read_text())
+        if (schema := index["schema_version"]) > SCHEMA_VERSION:
+            raise ImageSetError(f"{file} has schema {schema}, this e2kd reads {SCHEMA_VERSION}; update e2kd")
+        images = ImageSet(path, index)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImageSetError(f"{file} is damaged ({error!r}); delete it and run: e2kd pack CONFIG") from None
     for shard in images.shards:
         tar = path / shard.name
         found = tar.stat().st_size if tar.exists() else None
         if found != shard.bytes or not (path / _sidecar(shard.name)).exists():
             what = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
+            what = "has no row list" if found == shard.bytes else what
             raise ImageSetError(
                 f"{tar} (rows {shard.start} to {shard.start + shard.rows - 1}) {what}; delete "
                 f"{path / 'index.json'} and run: e2kd pack CONFIG"
@@ -225,13 +245,16 @@ def write_images(
     for start in range(0, count, rows_per_shard):
         rows = range(start, min(start + rows_per_shard, count))
         name = f"shard-{start // rows_per_shard:06d}.tar"
-        if not (path / _sidecar(name)).exists():
-            _write_shard(path / name, rows, get, image_format, progress)
-        elif progress:
+        finished = _finished(path / name, len(rows))
+        if finished is None:
+            (path / "index.json").unlink(missing_ok=True)
+            (path / _sidecar(name)).unlink(missing_ok=True)
+            _write_shard(path / name, rows, get, image_format, seen, progress)
+            continue
+        for row, entry in zip(rows, finished, strict=True):
+            _claim(seen, entry.key, row, path)
+        if progress:
             progress(len(rows))
-        for row, entry in zip(rows, _read_rows(path / _sidecar(name)), strict=True):
-            if seen.setdefault(entry.key, row) != row:
-                raise ImageSetError(f"{path}: rows {seen[entry.key]} and {row} have the same key {entry.key}")
     if not (path / "index.json").exists():
         write_atomic(path / "index.json", json.dumps(_index(path, plan), indent=1).encode())
 
@@ -259,22 +282,43 @@ def _write_shard(
     rows: range,
     get: Callable[[int], Sample],
     image_format: str,
+    seen: dict[str, int],
     progress: Callable[[int], None] | None,
 ) -> None:
     from webdataset import TarWriter  # it imports torch
 
     partial = tar.with_name(tar.name + ".partial")
-    with partial.open("wb") as file:
-        writer = TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False)
+    with (
+        partial.open("wb") as file,
+        TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False) as writer,
+    ):
         for row in rows:
-            writer.write(_members(get(row), image_format))
+            sample = get(row)
+            _claim(seen, sample.key, row, tar.parent)
+            writer.write(_members(sample, image_format))
             if progress:
                 progress(1)
-        writer.close()
     sync_file(partial)
     partial.replace(tar)
     sync_folder(tar.parent)
     write_atomic(tar.with_name(_sidecar(tar.name)), json.dumps(_locate(tar)).encode())
+
+
+def _claim(seen: dict[str, int], key: str, row: int, path: Path) -> None:
+    if seen.setdefault(key, row) != row:
+        raise ImageSetError(f"{path}: rows {seen[key]} and {row} have the same key {key}")
+
+
+def _finished(tar: Path, count: int) -> tuple[_Row, ...] | None:
+    """The rows of a shard whose tar and row list are there in full, else None."""
+    try:
+        size, rows = tar.stat().st_size, _read_rows(tar.with_name(_sidecar(tar.name)))
+    except (OSError, ImageSetError):
+        return None
+    end = max(offset + length for row in rows for offset, length in row.members.values())
+    blocks = -(-end // tarfile.BLOCKSIZE) + 2  # two empty blocks end a tar
+    records = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE)
+    return rows if len(rows) == count and size == records * tarfile.RECORDSIZE else None
 
 
 def _members(sample: Sample, image_format: str) -> dict[str, Any]:
@@ -307,8 +351,6 @@ def _encode(pixels: np.ndarray, image_format: str) -> bytes:
 
 def _locate(tar: Path) -> list[dict[str, Any]]:
     """The rows sidecar, read off the tar as any reader sees it."""
-    import tarfile
-
     rows: dict[str, dict[str, Any]] = {}
     with tarfile.open(tar) as archive:
         for member in archive:
@@ -323,22 +365,25 @@ def _locate(tar: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-@lru_cache(maxsize=64)
-def _read_rows_cached(path: Path, stamp: int) -> tuple[_Row, ...]:
-    rows = json.loads(path.read_text())
-    return tuple(
-        _Row(
-            key=row["key"],
-            label=tuple(row["label"]) if isinstance(row["label"], list) else row["label"],
-            group=row["group"],
-            members={name: (place[0], place[1]) for name, place in row["members"].items()},
+def _read_rows(file: Path, sha256: str | None = None) -> tuple[_Row, ...]:
+    """A row list. Raises ImageSetError where it is not one, or not the one of this `sha256`."""
+    data = file.read_bytes()
+    try:
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("sha256 differs")
+        return tuple(
+            _Row(
+                key=row["key"],
+                label=tuple(row["label"]) if isinstance(row["label"], list) else row["label"],
+                group=row["group"],
+                members={name: (place[0], place[1]) for name, place in row["members"].items()},
+            )
+            for row in json.loads(data)
         )
-        for row in rows
-    )
-
-
-def _read_rows(path: Path) -> tuple[_Row, ...]:
-    return _read_rows_cached(path, path.stat().st_mtime_ns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImageSetError(
+            f"{file} is damaged ({error}); delete it and {file.with_name('index.json')} and run: e2kd pack CONFIG"
+        ) from None
 
 
 def _index(path: Path, plan: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
-from pydantic import ValidationError
+from pydantic import BaseModel
 from zarr.codecs import BytesCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from artifacts.codecs import get_codec
 from artifacts.durable import sha256_file, sync_file, sync_folder, write_atomic
@@ -42,6 +43,7 @@ LIBRARIES = ("e2kd", "zarr", "numcodecs", "numpy", "torch", "torchvision", "timm
 _BIG_ROW = 64 * 1024
 _IN_MEMORY = 256 * 2**20
 _MEND = "run: e2kd precompute CONFIG"
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class StoreWriter:
         """
         file = self.path / "draft.json"
         if file.exists():
-            self._check_same(ManifestDraft.model_validate_json(file.read_bytes()))
+            check_same(self.path, _parsed(file, ManifestDraft), self.draft)
             return
         if self.path.exists():
             shutil.rmtree(self.path)  # killed before the draft was written: there is nothing in it
@@ -82,8 +84,8 @@ class StoreWriter:
 
     def committed(self) -> set[int]:
         """Shards that are finished: committed, with every object there in its full size."""
-        records = [_read_record(file) for file in sorted((self.path / "commits").glob("*.json"))]
-        return {record.shard for record in records if not _wrong_sizes(self.path, record)}
+        records = [_parsed(file, ShardRecord) for file in sorted((self.path / "commits").glob("*.json"))]
+        return {record.shard for record in records if not wrong_sizes(self.path, record)}
 
     def write_shard(self, shard: int, rows: TeacherRows, keys_sha256: str, keys: Sequence[str]) -> None:
         """Write one shard of every array, make it durable, commit it.
@@ -98,6 +100,7 @@ class StoreWriter:
             "maps": self._encoded("maps", rows.maps, keys),
             "map_scale": np.ones(rows.maps.shape[:3], np.float32),
         }
+        self._clear(shard, stored)
         group: Any = zarr.open_group(self.path, mode="r+", zarr_format=3)
         with zarr.config.set({"array.write_empty_chunks": True}):
             for name, values in stored.items():
@@ -119,7 +122,9 @@ class StoreWriter:
         missing = set(range(shape.shards)) - self.committed()
         if missing:
             raise IncompleteStore(_incomplete(self.path, shape.shards - len(missing), shape.shards))
-        records = [_read_record(self.path / "commits" / f"{shard:06d}.json") for shard in range(shape.shards)]
+        records = [
+            _parsed(self.path / "commits" / f"{shard:06d}.json", ShardRecord) for shard in range(shape.shards)
+        ]
         manifest = Manifest(
             **dict(self.draft),
             dead_maps=sum(record.dead_maps for record in records),
@@ -128,14 +133,17 @@ class StoreWriter:
         )
         file = self.path / "manifest.json"
         if file.exists():
-            old = Manifest.model_validate_json(file.read_bytes())
+            old = _parsed(file, Manifest)
             if old.shards == records:  # nothing new: the versions that made it stay on record
                 return old
         write_atomic(file, manifest.model_dump_json(indent=1).encode())
         return manifest
 
-    def _check_same(self, old: ManifestDraft) -> None:
-        check_same(self.path, old, self.draft)
+    def _clear(self, shard: int, arrays: dict[str, np.ndarray]) -> None:
+        """Remove what an interrupted or damaged write left: zarr would read it to merge it with what is written."""
+        (self.path / "commits" / f"{shard:06d}.json").unlink(missing_ok=True)
+        for name, values in arrays.items():
+            (self.path / _object_path(name, values.ndim, shard)).unlink(missing_ok=True)
 
     def _encoded(self, name: str, values: np.ndarray, keys: Sequence[str]) -> np.ndarray:
         codec = get_codec(getattr(self.draft, name).codec)
@@ -149,7 +157,7 @@ class StoreWriter:
             ) from None
 
     def _durable(self, name: str, dimensions: int, shard: int) -> ObjectRecord:
-        relative = "/".join([name, "c", str(shard), *["0"] * (dimensions - 1)])
+        relative = _object_path(name, dimensions, shard)
         path = self.path / relative
         sync_file(path)
         folder = path.parent
@@ -164,7 +172,7 @@ class TeacherStore:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self._group: Any = None
+        self._open: dict[str, Any] = {}
         self._kept: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -173,6 +181,8 @@ class TeacherStore:
     def read(self, rows: Sequence[int] | np.ndarray) -> TeacherRows:
         """Rows in any order. Raises DamagedStore, naming array, shard and rows, where bytes were changed."""
         index = np.asarray(rows, np.int64)
+        if not ((index >= 0) & (index < len(self))).all():
+            raise IndexError(f"rows {index.min()} to {index.max()} of {len(self)}")
         logits = get_codec(self.manifest.logits.codec).decode(self._take("logits", index))
         classes = self._take("explained_class", index).astype(np.int64)
         maps = get_codec(self.manifest.maps.codec).decode(self._take("maps", index))
@@ -185,10 +195,9 @@ class TeacherStore:
     def read_shard(self, name: str, shard: int) -> np.ndarray:
         """One array's rows of one shard, as stored. Raises DamagedStore."""
         span = self.manifest.shape.shard_rows(shard)
-        if self._group is None:
-            self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
+        array = self._array(name)
         try:
-            values = np.asarray(self._group[name][span.start : span.stop])
+            values = np.asarray(array[span.start : span.stop])
         except Exception as error:  # zarr raises whatever its codecs raise
             raise DamagedStore(damage(self.path, name, shard, span, f"cannot be read ({error})")) from error
         if _holds_fill(values):
@@ -196,30 +205,42 @@ class TeacherStore:
         return values
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None}
+        return {**self.__dict__, "_open": {}}
 
     def _take(self, name: str, rows: np.ndarray) -> np.ndarray:
         if self._small(name):
             return self._whole(name)[rows]
-        per_shard = self.manifest.shape.rows_per_shard
-        taken: list[np.ndarray | None] = [None] * len(rows)
+        plan = _arrays(self.manifest)[name]
+        taken = np.empty((len(rows), *plan["shape"][1:]), plan["dtype"])
         for position in np.argsort(rows, kind="stable"):
-            row = int(rows[position])
-            taken[position] = self._one(name, row, row // per_shard)
-        return np.stack([value for value in taken if value is not None])
+            taken[position] = self._one(name, int(rows[position]))
+        return taken
 
-    def _one(self, name: str, row: int, shard: int) -> np.ndarray:
-        if self._group is None:
-            self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
+    def _one(self, name: str, row: int) -> np.ndarray:
+        array, shard, span = self._array(name), row // self.manifest.shape.rows_per_shard, range(row, row + 1)
         try:
-            value = np.asarray(self._group[name][row])
+            value = np.asarray(array[row])
         except Exception as error:
-            raise DamagedStore(
-                damage(self.path, name, shard, range(row, row + 1), f"cannot be read ({error})")
-            ) from error
+            raise DamagedStore(damage(self.path, name, shard, span, f"cannot be read ({error})")) from error
         if _holds_fill(value[None]):
-            raise DamagedStore(damage(self.path, name, shard, range(row, row + 1), "was never written"))
+            raise DamagedStore(damage(self.path, name, shard, span, "was never written"))
         return value
+
+    def _array(self, name: str) -> Any:
+        """The open zarr array. Raises DamagedStore where its zarr.json is not the one that was written."""
+        if name not in self._open:
+            try:
+                array: Any = zarr.open_group(self.path, mode="r", zarr_format=3)[name]
+                plan = zarr.create_array(MemoryStore(), zarr_format=3, **_arrays(self.manifest)[name])
+                changed = str(array.metadata.to_dict()) != str(plan.metadata.to_dict())
+            except Exception:  # zarr raises whatever its parsers raise
+                changed = True
+            if changed:
+                raise DamagedStore(
+                    f"{self.path}: zarr.json of array {name} was changed; delete {self.path} and {_MEND}"
+                )
+            self._open[name] = array
+        return self._open[name]
 
     def _small(self, name: str) -> bool:
         array = _arrays(self.manifest)[name]
@@ -238,25 +259,20 @@ def open_store(url: str | Path) -> TeacherStore:
     Raises IncompleteStore while precompute has not finished, DamagedStore for missing or short objects,
     StoreError for a newer format.
     """
+    store = load_store(url)
+    for record in store.manifest.shards:
+        for name, what in wrong_sizes(store.path, record).items():
+            raise DamagedStore(damage(store.path, name, record.shard, range(record.start, record.stop), what))
+    return store
+
+
+def load_store(url: str | Path) -> TeacherStore:
+    """`open_store` without a look at the objects."""
     path = local_path(url)
     file = path / "manifest.json"
     if not file.exists():
         raise IncompleteStore(_state(path))
-    raw = json.loads(file.read_text())
-    if raw["schema_version"] > SCHEMA_VERSION:
-        raise StoreError(
-            f"{file} has schema {raw['schema_version']}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
-        )
-    try:
-        manifest = Manifest.model_validate(raw)
-    except ValidationError as error:
-        raise DamagedStore(
-            f"{file} is not a manifest ({error.error_count()} wrong fields); {_MEND}"
-        ) from None
-    for record in manifest.shards:
-        for name, what in _wrong_sizes(path, record).items():
-            raise DamagedStore(damage(path, name, record.shard, range(record.start, record.stop), what))
-    return TeacherStore(path, manifest)
+    return TeacherStore(path, _parsed(file, Manifest))
 
 
 def check_same(path: Path, old: ManifestDraft, new: ManifestDraft) -> None:
@@ -314,6 +330,11 @@ def _arrays(draft: ManifestDraft) -> dict[str, dict[str, Any]]:
     }
 
 
+def _object_path(name: str, dimensions: int, shard: int) -> str:
+    """Where zarr keeps a shard of an array, under the store's folder."""
+    return "/".join([name, "c", str(shard), *["0"] * (dimensions - 1)])
+
+
 def _rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype[Any], rows_per_shard: int) -> int:
     """1 for full-resolution maps, which are read alone; else up to 64, which must divide the shard."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
@@ -324,7 +345,7 @@ def _holds_fill(values: np.ndarray) -> bool:
     return bool((values < 0).any()) if values.dtype.kind == "i" else bool(np.isnan(values).any())
 
 
-def _wrong_sizes(path: Path, record: ShardRecord) -> dict[str, str]:
+def wrong_sizes(path: Path, record: ShardRecord) -> dict[str, str]:
     """Array -> what is wrong with its object's size."""
     wrong = {}
     for name, item in record.arrays.items():
@@ -335,18 +356,22 @@ def _wrong_sizes(path: Path, record: ShardRecord) -> dict[str, str]:
     return wrong
 
 
-def _read_record(file: Path) -> ShardRecord:
+def _parsed(file: Path, model: type[_Model]) -> _Model:
+    """Raises StoreError for a newer format, DamagedStore where the file is not a `model`."""
     try:
-        return ShardRecord.model_validate_json(file.read_bytes())
-    except ValidationError:
-        raise DamagedStore(f"{file} is damaged; delete it and {_MEND}") from None
+        raw = json.loads(file.read_bytes())
+        if (schema := raw.get("schema_version", SCHEMA_VERSION)) > SCHEMA_VERSION:
+            raise StoreError(f"{file} has schema {schema}, this e2kd reads {SCHEMA_VERSION}; update e2kd")
+        return model.model_validate(raw)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedStore(f"{file} is damaged ({type(error).__name__}); delete it and {_MEND}") from None
 
 
 def _state(path: Path) -> str:
     file = path / "draft.json"
     if not file.exists():
         return f"there is no teacher store at {path}; {_MEND}"
-    draft = ManifestDraft.model_validate_json(file.read_bytes())
+    draft = _parsed(file, ManifestDraft)
     return _incomplete(path, len(StoreWriter(path, draft).committed()), draft.shape.shards)
 
 

@@ -14,7 +14,6 @@ from artifacts import (
     verify_images,
     verify_store,
 )
-from artifacts.verify import Problem
 from cli.console import progress
 
 
@@ -41,18 +40,11 @@ def check(path: Path, quick: bool) -> int:
         else:
             report = verify_store(path, beside, quick=quick, progress=advance)
     for problem in report.problems:
-        print(_line(problem))
-    checked = "sizes only" if quick else "every byte"
-    rows = (
-        ""
-        if is_images
-        else f", rows against {beside}"
-        if beside
-        else ", no image set beside it to compare rows with"
-    )
-    print(
-        f"{path}: {'ok' if report.ok else f'{len(report.problems)} problems'} ({report.shards} shards, {checked}{rows})"
-    )
+        print(f"  {problem}")
+    checked = [f"{report.shards} shards", "sizes only" if quick else "every byte"]
+    if not is_images:
+        checked.append(f"rows against {beside}" if beside else "no image set beside it to compare rows with")
+    print(f"{path}: {'ok' if report.ok else f'{len(report.problems)} problems'} ({', '.join(checked)})")
     return 0 if report.ok else 3
 
 
@@ -71,10 +63,6 @@ def _shards(path: Path, is_images: bool) -> int:
         return len(open_images(path).shards) if is_images else open_store(path).manifest.shape.shards
     except (ImageSetError, StoreError):
         return 0  # verify says why
-
-
-def _line(problem: Problem) -> str:
-    return f"  {problem}"
 
 
 def _about_images(images: ImageSet) -> list[tuple[str, str]]:

@@ -48,14 +48,14 @@ class ToyBirds(Source):
     """Waterbirds-100 in miniature (48 px, generated): background = class in training, reversed out of distribution."""
 
     source: Literal["toybirds"]
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class ToyShapes(Source):
     """Ten silhouettes on unrelated backgrounds (48 px, generated), for the few-shot question."""
 
     source: Literal["toyshapes"]
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     train_per_class: Positive = 20
 
 
@@ -199,6 +199,10 @@ class StudentConfig(Schedule, ModelConfig):
     @property
     def needs_teacher(self) -> bool:
         return self.loss == "kd" or self.explanation_weight > 0
+
+    @property
+    def asks_online(self) -> bool:
+        return self.needs_teacher and self.mode == "online"
 
 
 class ExplainConfig(Settings):

@@ -111,11 +111,7 @@ def distill(
         convert(net.net)
     explainer = build_explainer(experiment.explain, net)
     augment = _paired_augment(settings, seed, images, net)
-    teacher = (
-        _online_teacher(experiment, layout, fabric, images)
-        if settings.needs_teacher and settings.mode == "online"
-        else None
-    )
+    teacher = _online_teacher(experiment, layout, fabric, images) if settings.asks_online else None
     validation = _scored_rows(experiment, layout, experiment.evaluate.select, settings.cache_mib)
     fit(
         fabric,

@@ -33,7 +33,7 @@ def start(precision: str = "fp32") -> Fabric:
 
 def reduced(fabric: Fabric, values: Tensor, how: Literal["mean", "sum"]) -> Tensor:
     """A tensor's mean or sum over the processes."""
-    result = fabric.all_reduce(values, reduce_op=how)
+    result = fabric.all_reduce(values.clone(), reduce_op=how)  # torch reduces in place
     assert isinstance(result, Tensor)
     return result
 

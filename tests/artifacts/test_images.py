@@ -193,7 +193,9 @@ def test_a_finished_set_is_left_alone(packed: ImageSet, tools: Any) -> None:
     assert sum(seen) == tools.rows
 
 
-def test_another_finished_set_is_not_overwritten_and_an_unfinished_one_is(packed: ImageSet, tools: Any) -> None:
+def test_another_finished_set_is_not_overwritten_and_an_unfinished_one_is(
+    packed: ImageSet, tools: Any
+) -> None:
     with pytest.raises(ImageSetError, match=r"view: packed .*fit.*, config .*crop"):
         tools.pack(packed.path, view={"size": 16, "resize": "crop"})
     (packed.path / "index.json").unlink()
@@ -212,7 +214,9 @@ def test_unfit_keys_are_refused(tmp_path: Path, tools: Any, key: str) -> None:
 
 
 @pytest.mark.parametrize("row", [2, 9])
-def test_repeated_keys_are_refused_and_the_corrected_source_packs(tmp_path: Path, tools: Any, row: int) -> None:
+def test_repeated_keys_are_refused_and_the_corrected_source_packs(
+    tmp_path: Path, tools: Any, row: int
+) -> None:
     def twice(asked: int) -> Sample:
         return dataclasses.replace(tools.sample(asked), key=tools.sample(1 if asked == row else asked).key)
 
@@ -245,8 +249,8 @@ def test_bytes_that_do_not_decode_name_the_row(packed: ImageSet) -> None:
     tar = packed.path / "shard-000001.tar"
     for extension in ("png", "json"):
         whole = tar.read_bytes()
-        place = json.loads((packed.path / "shard-000001.rows.json").read_text())
-        place = next(row for row in place["rows"] if row["key"] == "img-0005")["members"][extension]
+        entries = json.loads((packed.path / "shard-000001.rows.json").read_text())
+        place = next(row for row in entries if row["key"] == "img-0005")["members"][extension]
         data = bytearray(whole)
         data[place[0] : place[0] + place[1]] = b"\xff" * place[1]
         tar.write_bytes(data)

@@ -45,6 +45,10 @@ def test_every_student_trains_and_leaves_a_whole_run(
     assert all("val_accuracy" in line for line in history)
 
 
+def _history(run: Path) -> list[dict[str, object]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in Run(run).history()]
+
+
 class _Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
@@ -81,11 +85,7 @@ def test_killed_and_resumed_is_bit_identical(
     for name in ("last.safetensors", "best.safetensors"):
         a, b = load_file(whole / name), load_file(resumed / name)
         assert all(torch.equal(a[key], b[key]) for key in a)
-    without_time = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in Run(p).history()]
-        for p in (whole, resumed)
-    ]
-    assert without_time[0] == without_time[1]
+    assert _history(whole) == _history(resumed)
 
 
 def test_done_runs_are_left_alone(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
