@@ -110,9 +110,12 @@ class ImageSet:
         info = self.shards[shard]
         return range(info.start, info.start + info.rows)
 
+    def shard_keys(self, shard: int) -> list[str]:
+        return [row.key for row in self._shard_list(shard)]
+
     def keys_sha256(self, shard: int) -> str:
         """Hash of the shard's keys in row order; a store's commit record must name the same."""
-        return hashlib.sha256("\n".join(row.key for row in self._shard_list(shard)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.shard_keys(shard)).encode()).hexdigest()
 
     def __getitem__(self, row: int) -> Sample:
         """Raises IndexError past the end, ImageSetError where the bytes cannot be decoded."""
@@ -189,6 +192,18 @@ class ImageSet:
 
 def open_images(url: str | Path) -> ImageSet:
     """Open a packed split. Raises ImageSetError: missing, incomplete, damaged sizes, or a newer format."""
+    images = load_images(url)
+    for shard, what in wrong_tars(images).items():
+        rows = images.shard_rows(shard)
+        raise ImageSetError(
+            f"{images.path / images.shards[shard].name} (rows {rows.start} to {rows.stop - 1}) {what}; delete "
+            f"{images.path / 'index.json'} and run: e2kd pack CONFIG"
+        )
+    return images
+
+
+def load_images(url: str | Path) -> ImageSet:
+    """`open_images` without a look at the tars."""
     path = local_path(url)
     file = path / "index.json"
     if not file.exists():
@@ -198,20 +213,22 @@ def open_images(url: str | Path) -> ImageSet:
         index = json.loads(file.read_text())
         if (schema := index["schema_version"]) > SCHEMA_VERSION:
             raise ImageSetError(f"{file} has schema {schema}, this e2kd reads {SCHEMA_VERSION}; update e2kd")
-        images = ImageSet(path, index)
+        return ImageSet(path, index)
     except (ValueError, KeyError, TypeError) as error:
         raise ImageSetError(f"{file} is damaged ({error!r}); delete it and run: e2kd pack CONFIG") from None
-    for shard in images.shards:
-        tar = path / shard.name
+
+
+def wrong_tars(images: ImageSet) -> dict[int, str]:
+    """Shard -> what is wrong with the size of its tar, or with its row list."""
+    wrong = {}
+    for number, shard in enumerate(images.shards):
+        tar = images.path / shard.name
         found = tar.stat().st_size if tar.exists() else None
-        if found != shard.bytes or not (path / _sidecar(shard.name)).exists():
-            what = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
-            what = "has no row list" if found == shard.bytes else what
-            raise ImageSetError(
-                f"{tar} (rows {shard.start} to {shard.start + shard.rows - 1}) {what}; delete "
-                f"{path / 'index.json'} and run: e2kd pack CONFIG"
-            )
-    return images
+        if found != shard.bytes:
+            wrong[number] = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
+        elif not (images.path / _sidecar(shard.name)).exists():
+            wrong[number] = "has no row list"
+    return wrong
 
 
 def write_images(

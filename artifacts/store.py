@@ -143,7 +143,8 @@ class StoreWriter:
         """Remove what an interrupted or damaged write left: zarr would read it to merge it with what is written."""
         (self.path / "commits" / f"{shard:06d}.json").unlink(missing_ok=True)
         for name, values in arrays.items():
-            (self.path / _object_path(name, values.ndim, shard)).unlink(missing_ok=True)
+            folder = self.path.joinpath(*_object_path(name, values.ndim, shard).split("/")[:3])
+            shutil.rmtree(folder, ignore_errors=True)  # with the .partial files of a killed zarr
 
     def _encoded(self, name: str, values: np.ndarray, keys: Sequence[str]) -> np.ndarray:
         codec = get_codec(getattr(self.draft, name).codec)

@@ -12,9 +12,9 @@ import numpy as np
 from artifacts.codecs import get_codec
 from artifacts.durable import sha256_file
 from artifacts.errors import DamagedStore, ImageSetError, StoreError
-from artifacts.images import ImageSet, local_path, open_images
+from artifacts.images import ImageSet, load_images, local_path, open_images, wrong_tars
 from artifacts.manifest import ShardRecord
-from artifacts.store import TeacherStore, open_store
+from artifacts.store import TeacherStore, load_store, wrong_sizes
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ def verify_store(
     """
     path = local_path(url)
     try:
-        store = open_store(path)
+        store = load_store(path)
         beside = open_images(images) if images is not None else None
     except (StoreError, ImageSetError) as error:
         return VerifyReport(path, 0, (Problem(str(error), "see there"),))
     problems = list(_alignment(store, beside)) if beside else []
     for record in store.manifest.shards:
-        if not quick:
-            problems += _shard_problems(store, record, beside)
+        problems += _shard_problems(store, record, beside, quick)
         if progress:
             progress(1)
     return VerifyReport(path, len(store.manifest.shards), tuple(problems))
@@ -79,13 +78,14 @@ def verify_images(url: str | Path, *, quick: bool = False, progress: Advance | N
     """Check an image set: sizes; unless `quick`, sha256, tar contents, and that every image decodes."""
     path = local_path(url)
     try:
-        images = open_images(path)
+        images = load_images(path)
     except ImageSetError as error:
         return VerifyReport(path, 0, (Problem(str(error), "see there"),))
     problems: list[Problem] = []
+    wrong = wrong_tars(images)
     for shard in range(len(images.shards)):
-        if not quick:
-            problems += _tar_problems(images, shard)
+        if shard in wrong or not quick:
+            problems += _tar_problems(images, shard, wrong.get(shard))
         if progress:
             progress(1)
     return VerifyReport(path, len(images.shards), tuple(problems))
@@ -102,21 +102,31 @@ def _alignment(store: TeacherStore, images: ImageSet) -> Iterator[Problem]:
         yield Problem(f"the store has {len(store)} rows, {images.path} has {len(images)}", "precompute again")
 
 
-def _shard_problems(store: TeacherStore, record: ShardRecord, images: ImageSet | None) -> list[Problem]:
+def _shard_problems(
+    store: TeacherStore, record: ShardRecord, images: ImageSet | None, quick: bool
+) -> list[Problem]:
     rows = (record.start, record.stop - 1)
     mend = f"delete {store.path / 'commits' / f'{record.shard:06d}.json'} and run: e2kd precompute CONFIG"
-    found = []
+    wrong = wrong_sizes(store.path, record)
+    found = [Problem(what, mend, record.shard, name, rows) for name, what in wrong.items()]
+    if quick:
+        return found
     for name, item in record.arrays.items():
+        if name in wrong:
+            continue
         if sha256_file(store.path / item.path) != item.sha256:
             found.append(Problem("sha256 differs: bytes were changed", mend, record.shard, name, rows))
         what = _undecodable(store, name, record.shard)
         if what:
             found.append(Problem(what, mend, record.shard, name, rows))
-    known = images is not None and record.shard < len(images.shards)
-    if images is not None and known and images.keys_sha256(record.shard) != record.keys_sha256:
-        found.append(
-            Problem("its rows are other samples than the image set's", mend, record.shard, None, rows)
-        )
+    try:
+        known = images is not None and record.shard < len(images.shards)
+        if images is not None and known and images.keys_sha256(record.shard) != record.keys_sha256:
+            found.append(
+                Problem("its rows are other samples than the image set's", mend, record.shard, None, rows)
+            )
+    except ImageSetError as error:
+        found.append(Problem(str(error), "see there", record.shard, None, rows))
     return found
 
 
@@ -132,10 +142,12 @@ def _undecodable(store: TeacherStore, name: str, shard: int) -> str | None:
     return "has classes out of range" if name == "explained_class" and (stored >= classes).any() else None
 
 
-def _tar_problems(images: ImageSet, shard: int) -> list[Problem]:
+def _tar_problems(images: ImageSet, shard: int, wrong: str | None) -> list[Problem]:
     info, rows = images.shards[shard], images.shard_rows(shard)
     span = (rows.start, rows.stop - 1)
     tar, mend = images.path / info.name, f"delete {info.name} and index.json, run: e2kd pack CONFIG"
+    if wrong:
+        return [Problem(wrong, mend, shard, info.name, span)]
     found = []
     if sha256_file(tar) != info.sha256:
         found.append(Problem("sha256 differs: bytes were changed", mend, shard, info.name, span))
@@ -144,7 +156,7 @@ def _tar_problems(images: ImageSet, shard: int) -> list[Problem]:
     try:
         with tarfile.open(tar) as archive:
             keys = [name.split(".", 1)[0] for name in archive.getnames()]
-        if list(dict.fromkeys(keys)) != images.keys[rows.start : rows.stop]:
+        if list(dict.fromkeys(keys)) != images.shard_keys(shard):
             found.append(Problem("the tar holds other keys than its row list", mend, shard, info.name, span))
         for row in rows:
             sample = images[row]

@@ -186,30 +186,32 @@ def _report(job: _Job) -> None:
 
 def main() -> None:
     """The console script: run the command, turn what users can mend into one message."""
-    raise SystemExit(run_guarded(lambda: app(standalone_mode=False)))
+    raise SystemExit(run_guarded(app))
 
 
 def run_guarded(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; only bugs keep their traceback."""
-    import click
-
     from artifacts.errors import E2kdError
 
     try:
-        code = command()
-        return code if isinstance(code, int) else 0
+        command()
+        return 0
     except E2kdError as error:
         return _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        return _fail("interrupted; what is finished is kept: run the same command again to continue", 130)
-    except click.ClickException as error:
-        error.show()
-        return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:  # typer's own: usage errors, --help, and 130 for Ctrl-C
+        code = stop.code if isinstance(stop.code, int) else 0
+        return _interrupted() if code == 130 else code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         where = f" at {error.filename}" if error.filename else ""
         return _fail(f"cannot write{where}: {error.strerror}; mend that and run the same command again", 2)
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; what is finished is kept: run the same command again to continue", 130)
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,23 @@ def tools() -> type[Tools]:
     return Tools
 
 
-@pytest.fixture
-def packed(tmp_path: Path) -> ImageSet:
-    return pack(tmp_path / "images")
+@pytest.fixture(scope="session")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("packed") / "images").path
+
+
+@pytest.fixture(scope="session")
+def stored_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("stored") / "store").path
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> Path:
-    """A finished store."""
-    return fill(tmp_path / "store").path
+def packed(packed_once: Path, tmp_path: Path) -> ImageSet:
+    """A finished image set, a copy to change (made once: fsync is slow)."""
+    return open_images(shutil.copytree(packed_once, tmp_path / "images"))
+
+
+@pytest.fixture
+def stored(stored_once: Path, tmp_path: Path) -> Path:
+    """A finished store, a copy to change."""
+    return Path(shutil.copytree(stored_once, tmp_path / "store"))

@@ -34,7 +34,9 @@ def test_fp16_keeps_its_bound(values: np.ndarray) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(arrays(np.float32, array_shapes(), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+@given(
+    arrays(np.float32, array_shapes(), elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+)
 def test_fp32_is_exact(values: np.ndarray) -> None:
     codec = get_codec("fp32")
     assert np.array_equal(codec.decode(codec.encode(values)), values)
@@ -47,7 +49,9 @@ def test_fp32_is_exact(values: np.ndarray) -> None:
     st.integers(0, 5),
     st.sampled_from([np.nan, np.inf, -np.inf]),
 )
-def test_what_is_not_finite_is_refused_with_its_first_row(name: str, row: int, column: int, bad: float) -> None:
+def test_what_is_not_finite_is_refused_with_its_first_row(
+    name: str, row: int, column: int, bad: float
+) -> None:
     values = np.zeros((5, 2, 3), np.float32)
     values[row].flat[column] = bad
     values[4, 1, 2] = np.nan
@@ -58,7 +62,7 @@ def test_what_is_not_finite_is_refused_with_its_first_row(name: str, row: int, c
 @pytest.mark.parametrize("value", [65520.0, -7e4, 1e38])
 def test_what_overflows_fp16_is_refused_and_fits_fp32(value: float) -> None:
     values = np.array([[0], [value]], np.float32)
-    with pytest.raises(ValueError, match="^1$"):
+    with pytest.raises(ValueError, match=r"^1$"):
         get_codec("fp16").encode(values)
     assert np.array_equal(get_codec("fp32").encode(values), values)
 

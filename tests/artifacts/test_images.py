@@ -267,7 +267,7 @@ def test_index_that_is_newer_or_not_json_is_refused(packed: ImageSet) -> None:
         open_images(packed.path)
     for text in ("", "{", "{}"):
         file.write_text(text)
-        with pytest.raises(ImageSetError, match="index.json"):
+        with pytest.raises(ImageSetError, match=r"index\.json"):
             open_images(packed.path)
 
 

@@ -1,10 +1,11 @@
-"""Teacher stores: rows come back, for any reader; an interrupted write resumes to the same bytes; damage is an error."""
+"""Teacher stores: rows come back, for any reader; interrupted writes resume to the same bytes; damage is refused."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def test_a_copy_sent_to_a_worker_reads_the_same(stored: Path, tools: Any) -> Non
     assert_rows(pickle.loads(pickle.dumps(store)).read([5]), joined(tools, tools.draft()), [5])
 
 
+@pytest.mark.filterwarnings("ignore:Object at .* is not recognized:UserWarning")  # commits/, manifest.json
 def test_plain_zarr_reads_the_arrays_with_core_codecs_only(stored: Path, tools: Any) -> None:
     group = zarr.open_group(stored, mode="r")
     expected = joined(tools, tools.draft())
@@ -282,12 +284,23 @@ def test_finishing_twice_changes_nothing(stored: Path, tools: Any) -> None:
     assert stamps == {f: f.stat().st_mtime_ns for f in stored.rglob("*") if f.is_file()}
 
 
+WRITE = """
+import runpy, sys
+from pathlib import Path
+of = runpy.run_path(sys.argv[1])
+writer = of["StoreWriter"](Path(sys.argv[2]), of["draft"]())
+for shard in sys.argv[3:]:
+    of["write_shard"](writer, int(shard))
+"""
+
+
 def test_two_processes_write_the_bytes_of_one(tmp_path: Path, tools: Any, stored: Path) -> None:
     writer = StoreWriter(tmp_path / "two", tools.draft())
     writer.create()
-    context = multiprocessing.get_context("fork")
-    with context.Pool(2) as pool:
-        pool.starmap(tools.write_shard, [(writer, 2), (writer, 0), (writer, 1)], chunksize=1)
+    conftest = str(Path(__file__).with_name("conftest.py"))
+    command = [sys.executable, "-c", WRITE, conftest, str(writer.path)]
+    both = [subprocess.Popen([*command, *shards]) for shards in (["2", "0"], ["1"])]
+    assert [process.wait(60) for process in both] == [0, 0]
     writer.finish()
     assert tools.snapshot(writer.path) == tools.snapshot(stored)
 
@@ -377,12 +390,11 @@ def objects(path: Path) -> list[tuple[str, int, Path]]:
     ]
 
 
-def read_or_error(store: TeacherStore, name: str, shard: int) -> np.ndarray | None:
+def read_or_error(store: TeacherStore, name: str, shard: int) -> np.ndarray | str:
     try:
         return store.read_shard(name, shard)
     except DamagedStore as error:
-        assert f"array {name}, shard {shard} (rows " in str(error)
-        return None
+        return str(error)
 
 
 def test_changed_bytes_never_read_back_as_other_numbers(stored: Path) -> None:
@@ -396,8 +408,12 @@ def test_changed_bytes_never_read_back_as_other_numbers(stored: Path) -> None:
             data[position] ^= int(rng.integers(1, 256))
             file.write_bytes(data)
             found = read_or_error(open_store(stored), name, shard)
-            assert found is None or np.array_equal(found, right), (name, shard, position)
-            refused, tried = refused + (found is None), tried + 1
+            tried += 1
+            if isinstance(found, str):
+                refused += 1
+                assert f"array {name}, shard {shard} (rows " in found
+            else:
+                assert np.array_equal(found, right), (name, shard, position)
         problems = verify_store(stored).problems
         assert {(problem.shard, problem.array) for problem in problems} == {(shard, name)}
         file.write_bytes(whole)

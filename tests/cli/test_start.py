@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +68,20 @@ def test_mistakes_exit_2(arguments: list[str], message: str) -> None:
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli", "pack", "configs/toyshapes-fewshot.yaml", "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    first = tmp_path / "images" / "teach" / "shard-000000.rows.json"
+    while not first.exists() and running.poll() is None:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, message = running.communicate(timeout=60)
+    assert running.returncode == 130, message
+    assert message == "e2kd: interrupted; what is finished is kept: run the same command again to continue\n"
+    assert first.exists()
+    assert not (first.parent / "index.json").exists()
 
 
 def test_dry_run_prints_the_resolved_config() -> None:
