@@ -1,7 +1,7 @@
 """ImageSet: the canonical views as WebDataset tar shards, written and read by row.
 
 images/<split>/shard-000000.tar        <key>.png, <key>.json[, <key>.mask.png] per sample: plain WebDataset
-               shard-000000.rows.json  per row: key, label, group, and where its members lie in the tar
+               shard-000000.rows.json  per row: key, label, group, and its members' places and checksums
                packing.json            what is being packed; a resumed pack must be the same
                index.json              written last: without it the set is incomplete
 """
@@ -16,6 +16,7 @@ import mmap
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,10 @@ from PIL import Image
 
 from artifacts.durable import sha256_file, sync_file, sync_folder, write_atomic
 from artifacts.errors import ImageSetError
+from artifacts.rowlist import Label, Row, locate_rows, read_rows, row_list
 
 SCHEMA_VERSION = 1
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
-Label = int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,6 @@ class ShardInfo:
     start: int
 
 
-@dataclass(frozen=True)
-class _Row:
-    key: str
-    label: Label
-    group: int | None
-    members: dict[str, tuple[int, int]]  # extension -> (offset, length) in the tar
-
-
 class ImageSet:
     """A packed split. `[row]` is a Sample; row i is image i for ever."""
 
@@ -88,7 +81,7 @@ class ImageSet:
             ShardInfo(**shard, start=start) for shard, start in zip(index["shards"], starts, strict=True)
         ]
         self.fingerprint = _fingerprint(index)
-        self._rows: dict[int, tuple[_Row, ...]] = {}
+        self._rows: dict[int, tuple[Row, ...]] = {}
         self._maps: dict[int, mmap.mmap] = {}
 
     def __len__(self) -> int:
@@ -140,16 +133,16 @@ class ImageSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # open files do not travel to data-loader workers
 
-    def _shard_list(self, shard: int) -> tuple[_Row, ...]:
+    def _shard_list(self, shard: int) -> tuple[Row, ...]:
         if shard not in self._rows:
             info = self.shards[shard]
-            self._rows[shard] = _read_rows(self.path / _sidecar(info.name), info.rows_sha256)
+            self._rows[shard] = read_rows(row_list(self.path / info.name), info.rows_sha256)
         return self._rows[shard]
 
-    def _all_rows(self) -> Iterator[_Row]:
+    def _all_rows(self) -> Iterator[Row]:
         return itertools.chain.from_iterable(map(self._shard_list, range(len(self.shards))))
 
-    def _row(self, row: int) -> _Row:
+    def _row(self, row: int) -> Row:
         shard, position = divmod(row, self.rows_per_shard)
         return self._shard_list(shard)[position]
 
@@ -161,6 +154,8 @@ class ImageSet:
         try:
             with Image.open(io.BytesIO(self._member(row, extension))) as image:
                 pixels = np.asarray(image.convert(mode))
+        except ImageSetError:
+            raise
         except Exception as error:  # Pillow raises whatever its decoders raise
             raise self._damaged(row, error) from None
         if pixels.shape[:2] != (self.size, self.size):
@@ -182,12 +177,16 @@ class ImageSet:
         )
 
     def _member(self, row: int, extension: str) -> bytes:
+        """Raises ImageSetError where the bytes are not those that were packed."""
         shard = row // self.rows_per_shard
         if shard not in self._maps:
             with (self.path / self.shards[shard].name).open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        offset, length = self._row(row).members[extension]
-        return self._maps[shard][offset : offset + length]
+        member = self._row(row).members[extension]
+        data = self._maps[shard][member.offset : member.offset + member.length]
+        if zlib.crc32(data) != member.crc32:
+            raise self._damaged(row, f"the checksum of its {extension} differs")
+        return data
 
 
 def open_images(url: str | Path) -> ImageSet:
@@ -226,7 +225,7 @@ def wrong_tars(images: ImageSet) -> dict[int, str]:
         found = tar.stat().st_size if tar.exists() else None
         if found != shard.bytes:
             wrong[number] = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
-        elif not (images.path / _sidecar(shard.name)).exists():
+        elif not row_list(tar).exists():
             wrong[number] = "has no row list"
     return wrong
 
@@ -265,7 +264,7 @@ def write_images(
         finished = _finished(path / name, len(rows))
         if finished is None:
             (path / "index.json").unlink(missing_ok=True)
-            (path / _sidecar(name)).unlink(missing_ok=True)
+            row_list(path / name).unlink(missing_ok=True)
             _write_shard(path / name, rows, get, image_format, seen, progress)
             continue
         for row, entry in zip(rows, finished, strict=True):
@@ -318,7 +317,7 @@ def _write_shard(
     sync_file(partial)
     partial.replace(tar)
     sync_folder(tar.parent)
-    write_atomic(tar.with_name(_sidecar(tar.name)), json.dumps(_locate(tar)).encode())
+    write_atomic(row_list(tar), json.dumps(locate_rows(tar)).encode())
 
 
 def _claim(seen: dict[str, int], key: str, row: int, path: Path) -> None:
@@ -326,13 +325,13 @@ def _claim(seen: dict[str, int], key: str, row: int, path: Path) -> None:
         raise ImageSetError(f"{path}: rows {seen[key]} and {row} have the same key {key}")
 
 
-def _finished(tar: Path, count: int) -> tuple[_Row, ...] | None:
+def _finished(tar: Path, count: int) -> tuple[Row, ...] | None:
     """The rows of a shard whose tar and row list are there in full, else None."""
     try:
-        size, rows = tar.stat().st_size, _read_rows(tar.with_name(_sidecar(tar.name)))
+        size, rows = tar.stat().st_size, read_rows(row_list(tar))
     except (OSError, ImageSetError):
         return None
-    end = max(offset + length for row in rows for offset, length in row.members.values())
+    end = max(member.offset + member.length for row in rows for member in row.members.values())
     blocks = -(-end // tarfile.BLOCKSIZE) + 2  # two empty blocks end a tar
     records = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE)
     return rows if len(rows) == count and size == records * tarfile.RECORDSIZE else None
@@ -366,54 +365,16 @@ def _encode(pixels: np.ndarray, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def _locate(tar: Path) -> list[dict[str, Any]]:
-    """The rows sidecar, read off the tar as any reader sees it."""
-    rows: dict[str, dict[str, Any]] = {}
-    with tarfile.open(tar) as archive:
-        for member in archive:
-            key, extension = member.name.split(".", 1)
-            row = rows.setdefault(key, {"key": key, "members": {}})
-            row["members"][extension] = [member.offset_data, member.size]
-            if extension == "json":
-                file = archive.extractfile(member)
-                assert file is not None
-                about = json.loads(file.read())
-                row["label"], row["group"] = about["label"], about.get("group")
-    return list(rows.values())
-
-
-def _read_rows(file: Path, sha256: str | None = None) -> tuple[_Row, ...]:
-    """A row list. Raises ImageSetError where it is not one, or not the one of this `sha256`."""
-    data = file.read_bytes()
-    try:
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError("sha256 differs")
-        return tuple(
-            _Row(
-                key=row["key"],
-                label=tuple(row["label"]) if isinstance(row["label"], list) else row["label"],
-                group=row["group"],
-                members={name: (place[0], place[1]) for name, place in row["members"].items()},
-            )
-            for row in json.loads(data)
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImageSetError(
-            f"{file} is damaged ({error}); delete it and {file.with_name('index.json')} and run: e2kd pack CONFIG"
-        ) from None
-
-
 def _index(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     shards = []
     for tar in sorted(path.glob("shard-*.tar")):
-        sidecar = path / _sidecar(tar.name)
         shards.append(
             {
                 "name": tar.name,
-                "rows": len(_read_rows(sidecar)),
+                "rows": len(read_rows(row_list(tar))),
                 "bytes": tar.stat().st_size,
                 "sha256": sha256_file(tar),
-                "rows_sha256": sha256_file(sidecar),
+                "rows_sha256": sha256_file(row_list(tar)),
             }
         )
     kept = ("schema_version", "view", "classes", "rows_per_shard")
@@ -423,10 +384,6 @@ def _index(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
 def _fingerprint(index: dict[str, Any]) -> str:
     parts = [index["view"], index["classes"], [[shard["rows"], shard["sha256"]] for shard in index["shards"]]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _sidecar(tar_name: str) -> str:
-    return tar_name.removesuffix(".tar") + ".rows.json"
 
 
 def local_path(url: str | Path) -> Path:

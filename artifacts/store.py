@@ -39,6 +39,7 @@ from artifacts.manifest import (
     differences,
 )
 
+ARRAYS = ("logits", "explained_class", "maps", "map_scale")
 LIBRARIES = ("e2kd", "zarr", "numcodecs", "numpy", "torch", "torchvision", "timm")
 _BIG_ROW = 64 * 1024
 _IN_MEMORY = 256 * 2**20
@@ -93,13 +94,14 @@ class StoreWriter:
         Raises DataError naming the sample where the teacher's numbers are not finite or do not fit the codec.
         """
         span = self.draft.shape.shard_rows(shard)
-        assert len(rows.logits) == len(span)
         stored = {
             "logits": self._encoded("logits", rows.logits, keys),
             "explained_class": rows.explained_class.astype(np.int32),
             "maps": self._encoded("maps", rows.maps, keys),
             "map_scale": np.ones(rows.maps.shape[:3], np.float32),
         }
+        plan = _arrays(self.draft)  # zarr would broadcast another shape
+        assert all(v.shape == (len(span), *plan[name]["shape"][1:]) for name, v in stored.items())
         self._clear(shard, stored)
         group: Any = zarr.open_group(self.path, mode="r+", zarr_format=3)
         with zarr.config.set({"array.write_empty_chunks": True}):
@@ -196,7 +198,7 @@ class TeacherStore:
     def read_shard(self, name: str, shard: int) -> np.ndarray:
         """One array's rows of one shard, as stored. Raises DamagedStore."""
         span = self.manifest.shape.shard_rows(shard)
-        array = self._array(name)
+        array = self.array(name)
         try:
             values = np.asarray(array[span.start : span.stop])
         except Exception as error:  # zarr raises whatever its codecs raise
@@ -218,7 +220,7 @@ class TeacherStore:
         return taken
 
     def _one(self, name: str, row: int) -> np.ndarray:
-        array, shard, span = self._array(name), row // self.manifest.shape.rows_per_shard, range(row, row + 1)
+        array, shard, span = self.array(name), row // self.manifest.shape.rows_per_shard, range(row, row + 1)
         try:
             value = np.asarray(array[row])
         except Exception as error:
@@ -227,7 +229,7 @@ class TeacherStore:
             raise DamagedStore(damage(self.path, name, shard, span, "was never written"))
         return value
 
-    def _array(self, name: str) -> Any:
+    def array(self, name: str) -> Any:
         """The open zarr array. Raises DamagedStore where its zarr.json is not the one that was written."""
         if name not in self._open:
             try:

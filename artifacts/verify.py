@@ -14,7 +14,8 @@ from artifacts.durable import sha256_file
 from artifacts.errors import DamagedStore, ImageSetError, StoreError
 from artifacts.images import ImageSet, load_images, local_path, open_images, wrong_tars
 from artifacts.manifest import ShardRecord
-from artifacts.store import TeacherStore, load_store, wrong_sizes
+from artifacts.rowlist import row_list
+from artifacts.store import ARRAYS, TeacherStore, load_store, wrong_sizes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def verify_store(
         beside = open_images(images) if images is not None else None
     except (StoreError, ImageSetError) as error:
         return VerifyReport(path, 0, (Problem(str(error), "see there"),))
+    changed = list(_changed_arrays(store))
+    if changed:
+        return VerifyReport(path, len(store.manifest.shards), tuple(changed))
     problems = list(_alignment(store, beside)) if beside else []
     for record in store.manifest.shards:
         problems += _shard_problems(store, record, beside, quick)
@@ -89,6 +93,14 @@ def verify_images(url: str | Path, *, quick: bool = False, progress: Advance | N
         if progress:
             progress(1)
     return VerifyReport(path, len(images.shards), tuple(problems))
+
+
+def _changed_arrays(store: TeacherStore) -> Iterator[Problem]:
+    for name in ARRAYS:
+        try:
+            store.array(name)
+        except DamagedStore as error:
+            yield Problem(str(error), "see there", array=name)
 
 
 def _alignment(store: TeacherStore, images: ImageSet) -> Iterator[Problem]:
@@ -151,7 +163,7 @@ def _tar_problems(images: ImageSet, shard: int, wrong: str | None) -> list[Probl
     found = []
     if sha256_file(tar) != info.sha256:
         found.append(Problem("sha256 differs: bytes were changed", mend, shard, info.name, span))
-    if sha256_file(tar.with_suffix(".rows.json")) != info.rows_sha256:
+    if sha256_file(row_list(tar)) != info.rows_sha256:
         found.append(Problem("its row list was changed", mend, shard, info.name, span))
     try:
         with tarfile.open(tar) as archive:

@@ -109,9 +109,14 @@ def _tables(experiment: Experiment, layout: Layout, results: Mapping[str, Sequen
     splits = list(dict.fromkeys((*experiment.evaluate.splits, *((select,) if select else ()))))
     parts = []
     for split in splits:
-        title = f"**{split}**" + (" (selects the epoch)" if split == select else "")
+        title = f"**{split}**" + (f" ({_role_of_selection(experiment)})" if split == select else "")
         parts.append(f"{title}\n\n{_table(experiment, layout, results, split)}")
     return "\n\n".join(parts)
+
+
+def _role_of_selection(experiment: Experiment) -> str:
+    selects = any(student.keep == "best" for student in experiment.students.values())
+    return "selects the epoch" if selects else "settings are chosen here"
 
 
 def _table(

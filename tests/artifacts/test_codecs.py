@@ -19,7 +19,7 @@ VALUES = arrays(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(VALUES)
 def test_fp16_keeps_its_bound(values: np.ndarray) -> None:
     codec = get_codec("fp16")
