@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from artifacts.durable import sha256_file, sync_file, sync_folder, write_atomic
+from artifacts.durable import naming, sha256_file, sync_file, sync_folder, write_atomic
 from artifacts.errors import ImageSetError
 from artifacts.rowlist import Label, Row, locate_rows, read_rows, row_list
 
@@ -305,6 +305,7 @@ def _write_shard(
 
     partial = tar.with_name(tar.name + ".partial")
     with (
+        naming(tar),
         partial.open("wb") as file,
         TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False) as writer,
     ):

@@ -27,7 +27,7 @@ from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from artifacts.codecs import get_codec
-from artifacts.durable import sha256_file, sync_file, sync_folder, write_atomic
+from artifacts.durable import naming, sha256_file, sync_file, sync_folder, write_atomic
 from artifacts.errors import DamagedStore, DataError, IncompleteStore, MismatchedStore, StoreError
 from artifacts.images import local_path
 from artifacts.manifest import (
@@ -104,7 +104,7 @@ class StoreWriter:
         assert all(v.shape == (len(span), *plan[name]["shape"][1:]) for name, v in stored.items())
         self._clear(shard, stored)
         group: Any = zarr.open_group(self.path, mode="r+", zarr_format=3)
-        with zarr.config.set({"array.write_empty_chunks": True}):
+        with naming(self.path), zarr.config.set({"array.write_empty_chunks": True}):
             for name, values in stored.items():
                 group[name][span.start : span.stop] = values
         objects = {name: self._durable(name, values.ndim, shard) for name, values in stored.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from artifacts.durable import write_atomic
 from artifacts.errors import ModelError
 from pipeline.models.classifier import Classifier
 
@@ -31,12 +31,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in _bare(model).state_dict().items()
     }
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(safetensors.torch.save(tensors))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomic(path, safetensors.torch.save(tensors))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError
 from cli.main import run_guarded
 
@@ -46,6 +47,14 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().err
     assert printed.startswith("e2kd: ")
     assert "Traceback" not in printed
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json.partial").symlink_to("/dev/full")
+    assert run_guarded(lambda: write_atomic(tmp_path / "x.json", b"1" * 10_000)) == 2
+    printed = capsys.readouterr().err
+    assert "x.json: No space left on device" in printed
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_a_bug_keeps_its_traceback() -> None:
