@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from pipeline.layout import Layout
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from pipeline.config import Experiment
-    from pipeline.layout import Layout
     from pipeline.progress import Progress
 
 T = TypeVar("T")
@@ -105,8 +106,15 @@ def evaluate(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run
 
 
 @app.command(epilog="Example: e2kd report configs/toybirds.yaml")
-def report(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
+def report(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="an experiment, or its folder out/NAME")],
+    set_: SetOpt = None,
+    out: OutOpt = None,
+    dry_run: DryOpt = False,
+) -> None:
     """A Markdown table over students x splits, and a figure of maps and training curves."""
+    if config.is_dir():
+        config, out = Layout(config).config, out or config
     _report(_open(config, set_, out, dry_run))
 
 
@@ -152,7 +160,6 @@ class _Job:
 
 def _open(config: Path, overrides: Sequence[str] | None, out: Path | None, dry_run: bool) -> _Job:
     from pipeline.config import dump, load
-    from pipeline.layout import Layout
 
     experiment = load(config, overrides or ())
     if dry_run:

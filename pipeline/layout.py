@@ -12,6 +12,11 @@ class Layout:
 
     root: Path
 
+    @property
+    def config(self) -> Path:
+        """The resolved config of the last distill, so that the folder explains itself."""
+        return self.root / "config.yaml"
+
     def images(self, split: str) -> Path:
         return self.root / "images" / split
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from lightning_fabric import Fabric
 
 from artifacts import open_images
-from pipeline.config import Experiment
+from artifacts.durable import write_atomic
+from pipeline.config import Experiment, dump
 from pipeline.distill import distill, evaluate_student
 from pipeline.launch import start
 from pipeline.layout import Layout
@@ -45,6 +46,8 @@ def distill_all(
 ) -> None:
     """Stage 2 for students x seeds. Finished runs are left alone."""
     prepare_stores(experiment, layout, fabric, progress)
+    if fabric.is_global_zero:
+        write_atomic(layout.config, dump(experiment).encode())
     runs = [(name, seed) for seed in seeds for name in students]
     for name, seed in runs:
         distill(experiment, layout, start(experiment.students[name].precision), name, seed, progress)

@@ -16,7 +16,7 @@ from PIL import Image
 from artifacts import open_images, open_store, verify_store
 from artifacts.errors import ConfigError, DataError, ImageSetError, MismatchedStore, ModelError
 from pipeline import precompute as module
-from pipeline.config import Experiment
+from pipeline.config import Experiment, load
 from pipeline.data.loader import PairedRows
 from pipeline.distill import distill
 from pipeline.evaluate import score, teacher_answers
@@ -159,6 +159,7 @@ def test_an_unlabelled_folder_distils_from_a_pretrained_teacher(
     )
     layout = Layout(tmp_path / "photos-run")
     distill_all(experiment, layout, fabric, Quiet(), ["e2kd", "e2kd-frozen"], [0])
+    assert load(layout.config) == experiment  # the folder explains itself: `e2kd report FOLDER`
     scores = Run(layout.run("e2kd-frozen", 0)).result()["splits"]["val"]
     assert set(scores) == {"agreement", "dead", "map_cosine"}
     with pytest.raises(ConfigError, match=r"student ce needs labels"):
