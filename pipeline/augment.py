@@ -1,4 +1,4 @@
-"""Paired augmentation: one geometry for an image and its explanation map (paper Sec. 3.3, NUMERICS §4).
+"""Paired augmentation: one geometry for an image and its explanation map (paper Sec. 3.3).
 
 Kornia draws and composes; nothing else of it touches pixels. Its children give one matrix per sample, which becomes
 `theta`, and image and map are each resampled once, the map straight to the student's resolution. Kornia's draws come
@@ -30,7 +30,7 @@ __all__ = ["PairedAugment", "warp"]
 _NOMINAL = 256
 """Output size the crop is told. theta is normalised, so it cancels; a power of two cancels exactly."""
 _ANTIALIAS_ABOVE = 256
-"""Canvases up to 256 px need no antialiasing for a crop to 224 px (>= 48 dB against torchvision's, NUMERICS §4)."""
+"""Canvases up to 256 px need no antialiasing for a crop to 224 px (>= 48 dB against torchvision's)."""
 _COLOUR_COLUMN = 2**20
 """First column of the colour draws: colour settings never change the geometry."""
 

@@ -199,7 +199,7 @@ def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStor
 
 
 def _paired_augment(settings: StudentConfig, seed: int, images: ImageSet, net: Classifier) -> PairedAugment:
-    """Maps are compared at the student's own resolution, where a perfect student scores 1 (NUMERICS §2)."""
+    """Maps are compared at the student's own resolution, where a perfect student scores 1."""
     return PairedAugment(settings.augment, seed=seed, keys=images.keys, map_size=map_size(net, images.size))
 
 

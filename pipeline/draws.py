@@ -1,6 +1,6 @@
 """Random numbers as a pure function of (seed, epoch, identity, column): SplitMix64 used as a counter hash.
 
-No state is kept, so a sample's draws are the same in any batch, order, process or resumed run (DESIGN §9).
+No state is kept, so a sample's draws are the same in any batch, order, process or resumed run.
 numpy only: data-loader workers and `e2kd pack` use it without torch.
 """
 

@@ -1,4 +1,4 @@
-"""Where an experiment keeps what it makes (DESIGN: one git-ignored root, `out/<experiment>/`)."""
+"""Where an experiment keeps what it makes under one git-ignored root, `out/<experiment>/`."""
 
 from __future__ import annotations
 
