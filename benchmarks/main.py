@@ -26,12 +26,14 @@ def main() -> None:
     )
     parser.add_argument("--config", default="configs/toybirds.yaml")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], help="as e2kd's; repeatable")
     options = parser.parse_args()
     rows: list[tuple[str, float, str]] = [
         ("e2kd --help (best of 5)", min(_time(["--help"]) for _ in range(5)), "0.4")
     ]
     with tempfile.TemporaryDirectory() as folder:
         common = [options.config, "--out", folder, "--set", f"seeds={list(range(options.seeds))}"]
+        common += [part for override in options.set for part in ("--set", override)]
         rows.append(("pack", _time(["pack", *common]), ""))
         rows.append(("teach", _time(["teach", *common]), "150"))
         rows.append(("precompute (with the freezing gap)", _time(["precompute", *common]), "15"))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning_fabric import Fabric
 
 from pipeline.config import Experiment, parse
@@ -54,7 +53,6 @@ def tiny(**changes: Any) -> Experiment:
 
 @pytest.fixture(scope="session")
 def fabric() -> Fabric:
-    torch.set_num_threads(2)
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
     return fabric
