@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from artifacts.errors import ConfigError
+from pipeline.problems import describe, unknown_key
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -69,6 +70,7 @@ class Folder(Source):
 
 
 DataConfig = Annotated[ToyBirds | ToyShapes | Folder, Field(discriminator="source")]
+SOURCES: dict[str, type[BaseModel]] = {"toybirds": ToyBirds, "toyshapes": ToyShapes, "folder": Folder}
 
 
 class ViewConfig(Settings):
@@ -283,10 +285,13 @@ def parse(raw: Mapping[str, Any], where: str = "config") -> Experiment:
     try:
         experiment = Experiment.model_validate(resolved)
     except ValidationError as error:
-        problems += [_describe(problem) for problem in error.errors()]
+        problems += [
+            describe(problem, Experiment, SOURCES, more_keys=["train"]) for problem in error.errors()
+        ]
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise ConfigError(f"{where} has {_count(len(dict.fromkeys(problems)), 'problem')}:\n{lines}")
+        distinct = list(dict.fromkeys(problems))
+        lines = "\n".join(f"  {problem}" for problem in distinct)
+        raise ConfigError(f"{where} has {len(distinct)} problem{'s' if len(distinct) > 1 else ''}:\n{lines}")
     return experiment
 
 
@@ -372,72 +377,5 @@ def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_keys(where: str, section: Mapping[str, Any], model: type[BaseModel]) -> list[str]:
-    return [_unknown(f"{where}.{key}", model) for key in section if key not in model.model_fields]
-
-
-def _unknown(location: str, model: type[BaseModel] | None) -> str:
-    name = location.rsplit(".", 1)[-1]
-    known = [*model.model_fields, *(["train"] if model is Experiment else [])] if model else []
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}" if known else ""
-    return f"{location}: unknown key{hint}"
-
-
-def _describe(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"] if part not in _TAGS]
-    where = ".".join(location) or "config"
-    match problem["type"]:
-        case "extra_forbidden":
-            return _unknown(where, _model_at(problem["loc"][:-1]))
-        case "missing":
-            return f"{where}: is missing"
-        case "literal_error":
-            return _bad_choice(where, problem)
-        case "union_tag_not_found":
-            return f"{where}: source is missing; one of {', '.join(sorted(_TAGS))}"
-        case "union_tag_invalid":
-            given = str(problem["ctx"]["tag"])
-            return f"{where}.source: {given!r} is unknown{_near(given, sorted(_TAGS))}"
-        case "value_error":
-            return f"{where}: {problem['ctx']['error']}"
-        case _:
-            return f"{where}: {_lower(problem['msg'])}, got {problem['input']!r}"
-
-
-def _bad_choice(where: str, problem: Any) -> str:
-    choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-    return f"{where}: {problem['input']!r} is unknown{_near(str(problem['input']), choices)}"
-
-
-def _near(given: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, choices, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; one of {', '.join(choices)}"
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("s" if n != 1 else "")
-
-
-_TAGS = {"toybirds": ToyBirds, "toyshapes": ToyShapes, "folder": Folder}
-
-
-def _model_at(location: Sequence[Any]) -> type[BaseModel] | None:
-    """The settings class at a location of the config, for the names of its keys."""
-    model: Any = Experiment
-    for part in location:
-        if part in _TAGS:
-            model = _TAGS[part]
-        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = next(_classes_in(model.model_fields[part].annotation), None)
-    return model
-
-
-def _classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _classes_in(part)
+    known = list(model.model_fields)
+    return [unknown_key(f"{where}.{key}", known) for key in section if key not in known]

@@ -1,0 +1,79 @@
+"""What is wrong with a config, in words: pydantic's errors as one sentence each, with "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+Tags = Mapping[str, type[BaseModel]]
+
+
+def unknown_key(location: str, known: Sequence[str]) -> str:
+    """`location` is not one of the `known` keys of its section."""
+    near = difflib.get_close_matches(location.rsplit(".", 1)[-1], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}" if known else ""
+    return f"{location}: unknown key{hint}"
+
+
+def describe(problem: Any, root: type[BaseModel], tags: Tags, more_keys: Sequence[str] = ()) -> str:
+    """One of pydantic's errors as a sentence.
+
+    `tags` are the values of the union's tag and their classes, which are not keys; `more_keys` are keys of the top
+    level that `root` does not have.
+    """
+    location = [str(part) for part in problem["loc"] if part not in tags]
+    where = ".".join(location) or "config"
+    match problem["type"]:
+        case "extra_forbidden":
+            model = _model_at(problem["loc"][:-1], root, tags)
+            return unknown_key(
+                where, [*(model.model_fields if model else ()), *(more_keys if model is root else ())]
+            )
+        case "missing":
+            return f"{where}: is missing"
+        case "literal_error":
+            return _bad_choice(where, problem)
+        case "union_tag_not_found":
+            return f"{where}: source is missing; one of {', '.join(sorted(tags))}"
+        case "union_tag_invalid":
+            given = str(problem["ctx"]["tag"])
+            return f"{where}.source: {given!r} is unknown{_near(given, sorted(tags))}"
+        case "value_error":
+            return f"{where}: {problem['ctx']['error']}"
+        case _:
+            return f"{where}: {_lower(problem['msg'])}, got {problem['input']!r}"
+
+
+def _bad_choice(where: str, problem: Any) -> str:
+    choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+    return f"{where}: {problem['input']!r} is unknown{_near(str(problem['input']), choices)}"
+
+
+def _near(given: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, choices, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; one of {', '.join(choices)}"
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _model_at(location: Sequence[Any], root: type[BaseModel], tags: Tags) -> type[BaseModel] | None:
+    """The settings class at a location of the config, for the names of its keys."""
+    model: Any = root
+    for part in location:
+        if part in tags:
+            model = tags[part]
+        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = next(_classes_in(model.model_fields[part].annotation), None)
+    return model
+
+
+def _classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _classes_in(part)
