@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from artifacts.errors import ConfigError
 from pipeline.problems import describe, unknown_key
@@ -64,7 +64,7 @@ class Folder(Source):
     """A folder of photographs: `train/` and `val/`, or class sub-folders, or flat and unlabelled."""
 
     source: Literal["folder"]
-    root: Path
+    root: Annotated[Path, AfterValidator(Path.expanduser)]
     val_fraction: Fraction = 0.1
     labels: bool = Field(True, description="false: ignore the class sub-folders (images of another data set)")
 

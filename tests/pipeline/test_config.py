@@ -86,6 +86,11 @@ def test_overrides_reach_every_student() -> None:
     assert experiment.seeds == (7,)
 
 
+def test_home_folders_are_found() -> None:
+    experiment = load(Path("configs/photos.yaml"), ["data.root=~/photos"])
+    assert experiment.data.root == Path.home() / "photos"  # type: ignore[union-attr]
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean"):
         load(Path("configs/toybird.yaml"))
