@@ -7,7 +7,7 @@ from artifacts.images import write_images
 from pipeline.config import Experiment
 from pipeline.data import open_source
 from pipeline.layout import Layout
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Quiet
 from pipeline.views import CanonicalView
 
 
@@ -22,6 +22,8 @@ def pack_split(experiment: Experiment, layout: Layout, split: str, progress: Pro
     path = layout.images(split)
     source = open_source(experiment.data, split, experiment.view.resize or experiment.view.size)
     view = CanonicalView.of(experiment.view)
+    if (path / "index.json").exists():
+        progress = Quiet()  # nothing to do but to check that it is the same
     with progress.bar(f"pack {split}", len(source), "image") as advance:
         write_images(
             path,
