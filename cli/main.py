@@ -198,23 +198,28 @@ def main() -> None:
 
 def run_guarded(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; only bugs keep their traceback."""
-    from artifacts.errors import E2kdError
-
     try:
         command()
         return 0
-    except E2kdError as error:
-        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:  # typer's own: usage errors, --help, and 130 for Ctrl-C
         code = stop.code if isinstance(stop.code, int) else 0
         return _interrupted() if code == 130 else code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        return _fail(f"cannot write{where}: {error.strerror}; mend that and run the same command again", 2)
+    except Exception as error:
+        from artifacts.errors import E2kdError  # not at the start: `artifacts` imports zarr
+
+        if isinstance(error, E2kdError):
+            return _fail(str(error), error.exit_code)
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            where = f" {error.filename}" if error.filename else ""
+            return _fail(
+                f"cannot write{where}: {error.strerror}; mend that and run the same command again", 2
+            )
+        raise
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _interrupted() -> int:

@@ -19,10 +19,12 @@ from cli.main import run_guarded
     "code",
     [
         "import sys; sys.argv = ['e2kd', '--help']\nfrom cli.main import main\ntry: main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['e2kd', '--help']\nfrom cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+        "assert 'zarr' not in sys.modules, 'zarr was imported'",
         "import pathlib, pipeline.config as c; c.load(pathlib.Path('configs/toybirds.yaml'))",
         "import artifacts",
     ],
-    ids=["help", "config", "artifacts"],
+    ids=["help", "help-zarr", "config", "artifacts"],
 )
 def test_no_torch_is_imported(code: str) -> None:
     probe = f"{code}\nimport sys; assert 'torch' not in sys.modules, 'torch was imported'"
