@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def test_big_rows_are_chunked_alone_and_small_ones_together(tmp_path: Path, tool
 def test_a_copy_sent_to_a_worker_reads_the_same(stored: Path, tools: Any) -> None:
     store = open_store(stored)
     store.read([0])
-    assert_rows(pickle.loads(pickle.dumps(store)).read([5]), joined(tools, tools.draft()), [5])
+    assert_rows(copy.deepcopy(store).read([5]), joined(tools, tools.draft()), [5])
 
 
 @pytest.mark.filterwarnings("ignore:Object at .* is not recognized:UserWarning")  # commits/, manifest.json
