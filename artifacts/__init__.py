@@ -14,10 +14,12 @@ from artifacts.errors import (
     IncompleteStore,
     MismatchedStore,
     ModelError,
+    PlaceError,
     StoreError,
 )
 from artifacts.images import ImageSet, Sample, open_images
-from artifacts.store import TeacherRows, TeacherStore, open_store
+from artifacts.rows import TeacherRows
+from artifacts.store import TeacherStore, open_store
 from artifacts.verify import Problem, VerifyReport, verify_images, verify_store
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ModelError",
+    "PlaceError",
     "ImageSetError",
     "StoreError",
     "IncompleteStore",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,19 +11,33 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under another name, fsync it, rename it, fsync the folder."""
-    partial = path.with_name(path.name + ".partial")
-    with naming(path):
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
+    """Write a file whole: see `appearing`."""
+    with appearing(path) as partial:
+        partial.write_bytes(data)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def appearing(path: Path) -> Iterator[Path]:
+    """A file to fill, which takes the name `path` when the block ends well: fsync, rename, fsync of the folder.
+
+    Until then it is `path`.partial, locked against other processes; a killed process leaves only that, and the next
+    attempt takes it over. Missing folders are made. An OSError names the file.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with naming(path):
+        _make_folder(path.parent)
+        handle = _locked(partial)
+        try:
+            yield partial
+            os.fsync(handle)
+            partial.replace(path)
+            sync_folder(path.parent)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
     """Give an OSError of a failed write (a full disk has no name of its own) the file's name."""
     try:
         yield
@@ -39,11 +54,30 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _locked(partial: Path) -> int:
+    """An emptied file that this process alone writes; waits for another process that writes it."""
+    while True:
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            mine = os.fstat(handle).st_ino == partial.stat().st_ino
+        except FileNotFoundError:
+            mine = False
+        if mine:
+            if os.fstat(handle).st_size:
+                os.ftruncate(handle, 0)
+            return handle
+        os.close(handle)  # while we waited it became the finished file
+
+
+def _make_folder(folder: Path) -> None:
+    """Like mkdir -p, and durable."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)

@@ -4,6 +4,7 @@ E2kdError
 ├── ConfigError            a setting is wrong
 ├── DataError              source images, labels or folders are wrong
 ├── ModelError             a model is unknown, unfit, or its weights are not its own
+├── PlaceError             a folder or URL cannot be reached
 ├── ImageSetError          a packed image set is missing, incomplete or damaged
 └── StoreError             a teacher store cannot be used
     ├── IncompleteStore    precompute has not finished
@@ -30,6 +31,10 @@ class DataError(E2kdError):
 
 class ModelError(E2kdError):
     """A model is unknown or unfit, or weights do not belong to it."""
+
+
+class PlaceError(E2kdError):
+    """A folder or URL cannot be read or written."""
 
 
 class ImageSetError(E2kdError):

@@ -12,25 +12,20 @@ import hashlib
 import io
 import itertools
 import json
-import mmap
-import re
-import shutil
-import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from artifacts.durable import naming, sha256_file, sync_file, sync_folder, write_atomic
 from artifacts.errors import ImageSetError
-from artifacts.rowlist import Label, Row, locate_rows, read_rows, row_list
+from artifacts.places import Place, Url, place
+from artifacts.rowlist import Label, Row, read_row_list, row_list
+from artifacts.sealed import NewerSchema, unseal
 
 SCHEMA_VERSION = 1
-_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,8 @@ class ShardInfo:
 class ImageSet:
     """A packed split. `[row]` is a Sample; row i is image i for ever."""
 
-    def __init__(self, path: Path, index: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, where: Place, index: dict[str, Any]) -> None:
+        self.place = where
         self.view: dict[str, Any] = index["view"]
         self.classes: list[str] = index["classes"]
         self.rows_per_shard: int = index["rows_per_shard"]
@@ -82,7 +77,6 @@ class ImageSet:
         ]
         self.fingerprint = _fingerprint(index)
         self._rows: dict[int, tuple[Row, ...]] = {}
-        self._maps: dict[int, mmap.mmap] = {}
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
@@ -130,13 +124,10 @@ class ImageSet:
         """Only the pixels of some rows: u8 [B,3,S,S]."""
         return np.stack([self._pixels(int(row)) for row in rows])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # open files do not travel to data-loader workers
-
     def _shard_list(self, shard: int) -> tuple[Row, ...]:
         if shard not in self._rows:
             info = self.shards[shard]
-            self._rows[shard] = read_rows(row_list(self.path / info.name), info.rows_sha256)
+            self._rows[shard] = read_row_list(self.place, info.name, info.rows_sha256).rows
         return self._rows[shard]
 
     def _all_rows(self) -> Iterator[Row]:
@@ -164,228 +155,80 @@ class ImageSet:
 
     def _about(self, row: int) -> dict[str, Any]:
         try:
-            about: dict[str, Any] = json.loads(self._member(row, "json"))
+            about: dict[str, Any] = json.loads(bytes(self._member(row, "json")))
         except ValueError as error:
             raise self._damaged(row, error) from None
         return about
 
+    def members(self, row: int) -> dict[str, bytes]:
+        """The packed files of a row by extension, as they are in the tar. Raises ImageSetError for changed bytes."""
+        return {extension: bytes(self._member(row, extension)) for extension in self._row(row).members}
+
     def _damaged(self, row: int, what: object) -> ImageSetError:
         name = self.shards[row // self.rows_per_shard].name
         return ImageSetError(
-            f"{self.path / name}: row {row} cannot be decoded ({what}); the file is damaged, "
-            f"delete {name} and index.json and run: e2kd pack CONFIG"
+            f"{self.place}/{name}: row {row} cannot be decoded ({what}); the file is damaged, "
+            f"run: e2kd verify --repair {self.place}"
         )
 
-    def _member(self, row: int, extension: str) -> bytes:
-        """Raises ImageSetError where the bytes are not those that were packed."""
-        shard = row // self.rows_per_shard
-        if shard not in self._maps:
-            with (self.path / self.shards[shard].name).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _member(self, row: int, extension: str) -> Any:
+        """bytes or memoryview. Raises ImageSetError where they are not those that were packed."""
+        info = self.shards[row // self.rows_per_shard]
         member = self._row(row).members[extension]
-        data = self._maps[shard][member.offset : member.offset + member.length]
+        try:
+            view = self.place.view(info.name, info.bytes, info.sha256)
+        except FileNotFoundError:
+            raise self._damaged(row, "the tar is missing") from None
+        data = view[member.offset : member.offset + member.length]
         if zlib.crc32(data) != member.crc32:
             raise self._damaged(row, f"the checksum of its {extension} differs")
         return data
 
 
-def open_images(url: str | Path) -> ImageSet:
-    """Open a packed split. Raises ImageSetError: missing, incomplete, damaged sizes, or a newer format."""
+def open_images(url: Url) -> ImageSet:
+    """Open a packed split, at a path or an fsspec URL.
+
+    Raises ImageSetError: missing, incomplete, damaged sizes, or a newer format; PlaceError: the URL cannot be reached.
+    """
     images = load_images(url)
     for shard, what in wrong_tars(images).items():
         rows = images.shard_rows(shard)
         raise ImageSetError(
-            f"{images.path / images.shards[shard].name} (rows {rows.start} to {rows.stop - 1}) {what}; delete "
-            f"{images.path / 'index.json'} and run: e2kd pack CONFIG"
+            f"{images.place}/{images.shards[shard].name} (rows {rows.start} to {rows.stop - 1}) {what}; "
+            f"run: e2kd verify --repair {images.place}"
         )
     return images
 
 
-def load_images(url: str | Path) -> ImageSet:
+def load_images(url: Url) -> ImageSet:
     """`open_images` without a look at the tars."""
-    path = local_path(url)
-    file = path / "index.json"
-    if not file.exists():
-        state = "was not finished" if (path / "packing.json").exists() else "is not there"
-        raise ImageSetError(f"the image set {path} {state}; run: e2kd pack CONFIG")
+    where = place(url)
+    if not where.exists("index.json"):
+        state = "was not finished" if where.exists("packing.json") else "is not there"
+        raise ImageSetError(f"the image set {where} {state}; run: e2kd pack CONFIG")
+    file = f"{where}/index.json"
     try:
-        index = json.loads(file.read_text())
-        if (schema := index["schema_version"]) > SCHEMA_VERSION:
-            raise ImageSetError(f"{file} has schema {schema}, this e2kd reads {SCHEMA_VERSION}; update e2kd")
-        return ImageSet(path, index)
+        return ImageSet(where, unseal(where.read("index.json"), SCHEMA_VERSION))
+    except NewerSchema as error:
+        raise ImageSetError(
+            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ImageSetError(f"{file} is damaged ({error!r}); delete it and run: e2kd pack CONFIG") from None
 
 
 def wrong_tars(images: ImageSet) -> dict[int, str]:
     """Shard -> what is wrong with the size of its tar, or with its row list."""
-    wrong = {}
+    wrong, sizes = {}, images.place.sizes()
     for number, shard in enumerate(images.shards):
-        tar = images.path / shard.name
-        found = tar.stat().st_size if tar.exists() else None
+        found = sizes.get(shard.name)
         if found != shard.bytes:
             wrong[number] = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
-        elif not row_list(tar).exists():
+        elif row_list(shard.name) not in sizes:
             wrong[number] = "has no row list"
     return wrong
-
-
-def write_images(
-    url: str | Path,
-    *,
-    count: int,
-    get: Callable[[int], Sample],
-    view: dict[str, Any],
-    classes: Sequence[str],
-    source: str,
-    rows_per_shard: int,
-    image_format: str = "png",
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Pack rows 0..count-1 that `get(row)` gives, or continue where an interrupted pack of the same stopped.
-
-    Shards that are finished are not asked for again; a finished set of the same description is left alone.
-    Raises ImageSetError for unfit or repeated keys, or where the folder holds a set of something else.
-    """
-    path = local_path(url)
-    plan = {
-        "view": view,
-        "classes": list(classes),
-        "source": source,
-        "count": count,
-        "rows_per_shard": rows_per_shard,
-    }
-    plan |= {"schema_version": SCHEMA_VERSION, "format": image_format}
-    _begin(path, plan)
-    seen: dict[str, int] = {}
-    for start in range(0, count, rows_per_shard):
-        rows = range(start, min(start + rows_per_shard, count))
-        name = f"shard-{start // rows_per_shard:06d}.tar"
-        finished = _finished(path / name, len(rows))
-        if finished is None:
-            (path / "index.json").unlink(missing_ok=True)
-            row_list(path / name).unlink(missing_ok=True)
-            _write_shard(path / name, rows, get, image_format, seen, progress)
-            continue
-        for row, entry in zip(rows, finished, strict=True):
-            _claim(seen, entry.key, row, path)
-        if progress:
-            progress(len(rows))
-    if not (path / "index.json").exists():
-        write_atomic(path / "index.json", json.dumps(_index(path, plan), indent=1).encode())
-
-
-def _begin(path: Path, plan: dict[str, Any]) -> None:
-    file = path / "packing.json"
-    if file.exists():
-        old = json.loads(file.read_text())
-        differing = [key for key in plan if old.get(key) != plan[key]]
-        if not differing:
-            return
-        if (path / "index.json").exists():
-            lines = "\n".join(f"  {key}: packed {old.get(key)!r}, config {plan[key]!r}" for key in differing)
-            raise ImageSetError(
-                f"{path} holds other images than the config asks for:\n{lines}\n"
-                f"use another folder (--out DIR), or delete it: rm -r {path}"
-            )
-        shutil.rmtree(path)  # an unfinished pack of something else: nothing in it was ever usable
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(plan, indent=1).encode())
-
-
-def _write_shard(
-    tar: Path,
-    rows: range,
-    get: Callable[[int], Sample],
-    image_format: str,
-    seen: dict[str, int],
-    progress: Callable[[int], None] | None,
-) -> None:
-    from webdataset import TarWriter  # it imports torch
-
-    partial = tar.with_name(tar.name + ".partial")
-    with (
-        naming(tar),
-        partial.open("wb") as file,
-        TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False) as writer,
-    ):
-        for row in rows:
-            sample = get(row)
-            _claim(seen, sample.key, row, tar.parent)
-            writer.write(_members(sample, image_format))
-            if progress:
-                progress(1)
-    sync_file(partial)
-    partial.replace(tar)
-    sync_folder(tar.parent)
-    write_atomic(row_list(tar), json.dumps(locate_rows(tar)).encode())
-
-
-def _claim(seen: dict[str, int], key: str, row: int, path: Path) -> None:
-    if seen.setdefault(key, row) != row:
-        raise ImageSetError(f"{path}: rows {seen[key]} and {row} have the same key {key}")
-
-
-def _finished(tar: Path, count: int) -> tuple[Row, ...] | None:
-    """The rows of a shard whose tar and row list are there in full, else None."""
-    try:
-        size, rows = tar.stat().st_size, read_rows(row_list(tar))
-    except (OSError, ImageSetError):
-        return None
-    end = max(member.offset + member.length for row in rows for member in row.members.values())
-    blocks = -(-end // tarfile.BLOCKSIZE) + 2  # two empty blocks end a tar
-    records = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE)
-    return rows if len(rows) == count and size == records * tarfile.RECORDSIZE else None
-
-
-def _members(sample: Sample, image_format: str) -> dict[str, Any]:
-    if not _KEY.fullmatch(sample.key):
-        raise ImageSetError(f"key {sample.key!r} of {sample.source}: use only letters, digits, _ and -")
-    about: dict[str, Any] = {"label": sample.label}
-    if sample.group is not None:
-        about["group"] = sample.group
-    if sample.boxes is not None:
-        about["boxes"] = np.asarray(sample.boxes, np.float64).tolist()
-    if sample.source is not None:
-        about["source"] = sample.source
-    members = {"__key__": sample.key, image_format: _encode(sample.image.transpose(1, 2, 0), image_format)}
-    members["json"] = json.dumps(about).encode()
-    if sample.mask is not None:
-        members["mask.png"] = _encode(sample.mask, "png")
-    return members
-
-
-def _encode(pixels: np.ndarray, image_format: str) -> bytes:
-    buffer = io.BytesIO()
-    options: dict[str, Any] = {
-        "png": {"format": "PNG", "compress_level": 6},
-        "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-        "webp": {"format": "WEBP", "lossless": True},
-    }[image_format]
-    Image.fromarray(pixels).save(buffer, **options)
-    return buffer.getvalue()
-
-
-def _index(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    shards = []
-    for tar in sorted(path.glob("shard-*.tar")):
-        shards.append(
-            {
-                "name": tar.name,
-                "rows": len(read_rows(row_list(tar))),
-                "bytes": tar.stat().st_size,
-                "sha256": sha256_file(tar),
-                "rows_sha256": sha256_file(row_list(tar)),
-            }
-        )
-    kept = ("schema_version", "view", "classes", "rows_per_shard")
-    return {**{key: plan[key] for key in kept}, "rows": plan["count"], "shards": shards}
 
 
 def _fingerprint(index: dict[str, Any]) -> str:
     parts = [index["view"], index["classes"], [[shard["rows"], shard["sha256"]] for shard in index["shards"]]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def local_path(url: str | Path) -> Path:
-    return Path(str(url).removeprefix("file://"))

@@ -72,11 +72,12 @@ class ManifestDraft(Record):
 
 
 class ObjectRecord(Record):
-    """One shard object of one array."""
+    """One shard object of one array. `checksums`: for each chunk the last four bytes of its Zstandard frame, in hex."""
 
     path: str
     bytes: int
     sha256: str
+    checksums: str
 
 
 class ShardRecord(Record):

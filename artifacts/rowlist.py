@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from artifacts.errors import ImageSetError
+from artifacts.places import Place
 
 Label = int | tuple[int, ...] | None
 
@@ -36,8 +37,20 @@ class Row:
     members: dict[str, Member]
 
 
-def row_list(tar: Path) -> Path:
-    return tar.with_suffix(".rows.json")
+@dataclass(frozen=True)
+class RowList:
+    """What <tar>.rows.json says: the tar's size and checksum, and its rows. `own_sha256` is that of the list itself."""
+
+    tar: str
+    bytes: int
+    sha256: str
+    rows: tuple[Row, ...]
+    own_sha256: str
+
+
+def row_list(tar: str) -> str:
+    """The name of a tar's row list."""
+    return tar.removesuffix(".tar") + ".rows.json"
 
 
 def locate_rows(tar: Path) -> list[dict[str, Any]]:
@@ -57,22 +70,25 @@ def locate_rows(tar: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def read_rows(file: Path, sha256: str | None = None) -> tuple[Row, ...]:
-    """A row list. Raises ImageSetError where it is not one, or not the one of this `sha256`."""
-    data = file.read_bytes()
+def read_row_list(where: Place, tar: str, sha256: str | None = None) -> RowList:
+    """Raises FileNotFoundError, or ImageSetError where it is no row list, or not the one of this `sha256`."""
+    data = where.read(row_list(tar))
+    own = hashlib.sha256(data).hexdigest()
     try:
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        if sha256 not in (None, own):
             raise ValueError("sha256 differs")
-        return tuple(
+        content = json.loads(data)
+        rows = tuple(
             Row(
                 key=row["key"],
                 label=tuple(row["label"]) if isinstance(row["label"], list) else row["label"],
                 group=row["group"],
                 members={name: Member(*place) for name, place in row["members"].items()},
             )
-            for row in json.loads(data)
+            for row in content["rows"]
         )
+        return RowList(tar, int(content["tar"]["bytes"]), str(content["tar"]["sha256"]), rows, own)
     except (ValueError, KeyError, TypeError) as error:
         raise ImageSetError(
-            f"{file} is damaged ({error}); delete it and {file.with_name('index.json')} and run: e2kd pack CONFIG"
+            f"{where}/{row_list(tar)} is damaged ({error}); run: e2kd verify --repair {where}"
         ) from None

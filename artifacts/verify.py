@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from artifacts.codecs import get_codec
-from artifacts.durable import sha256_file
-from artifacts.errors import DamagedStore, ImageSetError, StoreError
-from artifacts.images import ImageSet, load_images, local_path, open_images, wrong_tars
-from artifacts.manifest import ShardRecord
+from artifacts.codecs import decode_logits, decode_maps, get_codec
+from artifacts.errors import DamagedStore, E2kdError, ImageSetError
+from artifacts.images import ImageSet, load_images, open_images, wrong_tars
+from artifacts.manifest import ManifestDraft, ShardRecord
+from artifacts.places import Place, Url, place
+from artifacts.records import commit_name, read_record, wrong_sizes
 from artifacts.rowlist import row_list
-from artifacts.store import ARRAYS, TeacherStore, load_store, wrong_sizes
+from artifacts.store import TeacherStore, load_store
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`ok` when there are no problems."""
+    """`ok` when there are no problems. `place` is what was looked at."""
 
-    path: Path
+    place: Place
     shards: int
     problems: tuple[Problem, ...]
 
@@ -55,36 +57,36 @@ Advance = Callable[[int], None]
 
 
 def verify_store(
-    url: str | Path, images: str | Path | None = None, *, quick: bool = False, progress: Advance | None = None
+    url: Url, images: Url | None = None, *, quick: bool = False, progress: Advance | None = None
 ) -> VerifyReport:
     """Check a store: sizes; unless `quick`, sha256, decoding, finiteness, and rows and keys against `images`.
 
     `progress` is called with 1 per shard. A store that cannot be opened is one problem.
     """
-    path = local_path(url)
+    where = place(url)
     try:
-        store = load_store(path)
+        store = load_store(where)
         beside = open_images(images) if images is not None else None
-    except (StoreError, ImageSetError) as error:
-        return VerifyReport(path, 0, (Problem(str(error), "see there"),))
-    changed = list(_changed_arrays(store))
-    if changed:
-        return VerifyReport(path, len(store.manifest.shards), tuple(changed))
-    problems = list(_alignment(store, beside)) if beside else []
+    except E2kdError as error:
+        return VerifyReport(where, 0, (Problem(str(error), "see there"),))
+    problems = [*_changed_records(store)]
+    if beside:
+        problems += _alignment(store, beside)
+    sizes = where.sizes()
     for record in store.manifest.shards:
-        problems += _shard_problems(store, record, beside, quick)
+        problems += _shard_problems(store, record, beside, sizes, quick)
         if progress:
             progress(1)
-    return VerifyReport(path, len(store.manifest.shards), tuple(problems))
+    return VerifyReport(where, len(store.manifest.shards), tuple(problems))
 
 
-def verify_images(url: str | Path, *, quick: bool = False, progress: Advance | None = None) -> VerifyReport:
+def verify_images(url: Url, *, quick: bool = False, progress: Advance | None = None) -> VerifyReport:
     """Check an image set: sizes; unless `quick`, sha256, tar contents, and that every image decodes."""
-    path = local_path(url)
+    where = place(url)
     try:
-        images = load_images(path)
-    except ImageSetError as error:
-        return VerifyReport(path, 0, (Problem(str(error), "see there"),))
+        images = load_images(where)
+    except E2kdError as error:
+        return VerifyReport(where, 0, (Problem(str(error), "see there"),))
     problems: list[Problem] = []
     wrong = wrong_tars(images)
     for shard in range(len(images.shards)):
@@ -92,45 +94,74 @@ def verify_images(url: str | Path, *, quick: bool = False, progress: Advance | N
             problems += _tar_problems(images, shard, wrong.get(shard))
         if progress:
             progress(1)
-    return VerifyReport(path, len(images.shards), tuple(problems))
+    return VerifyReport(where, len(images.shards), tuple(problems))
 
 
-def _changed_arrays(store: TeacherStore) -> Iterator[Problem]:
-    for name in ARRAYS:
+def _mend(where: Place) -> str:
+    return f"run: e2kd verify --repair {where}"
+
+
+def _changed_records(store: TeacherStore) -> Iterator[Problem]:
+    """zarr.json of every array, draft.json, and the commit records beside the manifest."""
+    for name in store.plans:
         try:
-            store.array(name)
-        except DamagedStore as error:
-            yield Problem(str(error), "see there", array=name)
+            store.check_metadata(name)
+        except DamagedStore:
+            yield Problem(f"zarr.json of array {name} was changed", _mend(store.place), array=name)
+    for record in store.manifest.shards:
+        try:
+            same = read_record(store.place, commit_name(record.shard), ShardRecord) == record
+        except (E2kdError, FileNotFoundError):
+            same = False
+        if not same:
+            yield Problem("its commit record is missing or changed", _mend(store.place), record.shard)
+    try:
+        draft = read_record(store.place, "draft.json", ManifestDraft)
+        if draft != ManifestDraft(
+            **{name: getattr(store.manifest, name) for name in ManifestDraft.model_fields}
+        ):
+            yield Problem("draft.json is that of another store", "delete the store and precompute again")
+    except (E2kdError, FileNotFoundError):
+        yield Problem("draft.json is missing or changed", _mend(store.place))
 
 
 def _alignment(store: TeacherStore, images: ImageSet) -> Iterator[Problem]:
     if store.manifest.images != images.fingerprint:
         yield Problem(
-            f"the store was made from other images than {images.path} (fingerprint {store.manifest.images[:12]}, "
+            f"the store was made from other images than {images.place} (fingerprint {store.manifest.images[:12]}, "
             f"not {images.fingerprint[:12]})",
             "delete the store and run: e2kd precompute CONFIG",
         )
     elif len(store) != len(images):
-        yield Problem(f"the store has {len(store)} rows, {images.path} has {len(images)}", "precompute again")
+        yield Problem(
+            f"the store has {len(store)} rows, {images.place} has {len(images)}", "precompute again"
+        )
 
 
 def _shard_problems(
-    store: TeacherStore, record: ShardRecord, images: ImageSet | None, quick: bool
+    store: TeacherStore, record: ShardRecord, images: ImageSet | None, sizes: Mapping[str, int], quick: bool
 ) -> list[Problem]:
     rows = (record.start, record.stop - 1)
-    mend = f"delete {store.path / 'commits' / f'{record.shard:06d}.json'} and run: e2kd precompute CONFIG"
-    wrong = wrong_sizes(store.path, record)
+    mend = _mend(store.place)
+    wrong = wrong_sizes(record, sizes)
     found = [Problem(what, mend, record.shard, name, rows) for name, what in wrong.items()]
     if quick:
         return found
+    stored: dict[str, np.ndarray] = {}
     for name, item in record.arrays.items():
         if name in wrong:
             continue
-        if sha256_file(store.path / item.path) != item.sha256:
+        if hashlib.sha256(store.place.read(item.path)).hexdigest() != item.sha256:
             found.append(Problem("sha256 differs: bytes were changed", mend, record.shard, name, rows))
-        what = _undecodable(store, name, record.shard)
-        if what:
-            found.append(Problem(what, mend, record.shard, name, rows))
+        try:
+            stored[name] = store.read_shard(name, record.shard)
+        except DamagedStore:
+            found.append(Problem("cannot be decoded", mend, record.shard, name, rows))
+    found += [
+        Problem(what, mend, record.shard, name, rows)
+        for name, what in _bad_values(store, stored)
+        if name not in wrong
+    ]
     try:
         known = images is not None and record.shard < len(images.shards)
         if images is not None and known and images.keys_sha256(record.shard) != record.keys_sha256:
@@ -142,31 +173,41 @@ def _shard_problems(
     return found
 
 
-def _undecodable(store: TeacherStore, name: str, shard: int) -> str | None:
-    try:
-        stored = store.read_shard(name, shard)
-    except DamagedStore:
-        return "cannot be decoded"
-    if name in ("logits", "maps"):
-        values = get_codec(getattr(store.manifest, name).codec).decode(stored)
-        return None if np.isfinite(values).all() else "has values that are not finite"
-    classes = store.manifest.shape.classes
-    return "has classes out of range" if name == "explained_class" and (stored >= classes).any() else None
+def _bad_values(store: TeacherStore, stored: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+    """(array, what is wrong with its decoded values)."""
+    manifest = store.manifest
+    if "logits" in stored and ("logit_scale" in stored) == ("logit_scale" in store.plans):
+        logits = decode_logits(get_codec(manifest.logits.codec), stored["logits"], stored.get("logit_scale"))
+        if not np.isfinite(logits).all():
+            yield "logits", "has values that are not finite"
+    if "maps" in stored and "map_scale" in stored:
+        for start in range(0, len(stored["maps"]), 32):  # decoded, a shard of big maps takes gigabytes
+            rows = slice(start, start + 32)
+            maps = decode_maps(
+                get_codec(manifest.maps.codec), stored["maps"][rows], stored["map_scale"][rows]
+            )
+            if not np.isfinite(maps).all():
+                yield "maps", "has values that are not finite"
+                break
+    classes = stored.get("explained_class")
+    if classes is not None and ((classes < 0) | (classes >= manifest.shape.classes)).any():
+        yield "explained_class", "has classes out of range"
 
 
 def _tar_problems(images: ImageSet, shard: int, wrong: str | None) -> list[Problem]:
     info, rows = images.shards[shard], images.shard_rows(shard)
     span = (rows.start, rows.stop - 1)
-    tar, mend = images.path / info.name, f"delete {info.name} and index.json, run: e2kd pack CONFIG"
+    mend = _mend(images.place)
     if wrong:
         return [Problem(wrong, mend, shard, info.name, span)]
     found = []
-    if sha256_file(tar) != info.sha256:
+    data = images.place.read(info.name)
+    if hashlib.sha256(data).hexdigest() != info.sha256:
         found.append(Problem("sha256 differs: bytes were changed", mend, shard, info.name, span))
-    if sha256_file(row_list(tar)) != info.rows_sha256:
+    if hashlib.sha256(images.place.read(row_list(info.name))).hexdigest() != info.rows_sha256:
         found.append(Problem("its row list was changed", mend, shard, info.name, span))
     try:
-        with tarfile.open(tar) as archive:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             keys = [name.split(".", 1)[0] for name in archive.getnames()]
         if list(dict.fromkeys(keys)) != images.shard_keys(shard):
             found.append(Problem("the tar holds other keys than its row list", mend, shard, info.name, span))

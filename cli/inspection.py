@@ -69,7 +69,7 @@ def _about_images(images: ImageSet) -> list[tuple[str, str]]:
     size = sum(shard.bytes for shard in images.shards)
     labelled = sum(label is not None for label in images.labels)
     return [
-        ("image set", str(images.path)),
+        ("image set", str(images.place)),
         ("images", f"{len(images)} in {len(images.shards)} shards of {images.rows_per_shard} rows"),
         ("view", ", ".join(f"{name} {value}" for name, value in images.view.items())),
         ("classes", f"{len(images.classes)}, {labelled} images labelled"),
@@ -90,7 +90,7 @@ def _about_store(store: TeacherStore) -> list[tuple[str, str]]:
         "maps": 4 * rows * shape.views * shape.explained * shape.channels * shape.height * shape.width,
     }
     lines = [
-        ("store", str(store.path)),
+        ("store", str(store.place)),
         (
             "teacher",
             f"{teacher.architecture}, {teacher.classes} classes, weights {teacher.weights_sha256[:12]}",

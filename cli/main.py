@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pipeline.layout import Layout
-
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from pipeline.config import Experiment
+    from pipeline.layout import Layout
     from pipeline.progress import Progress
 
 T = TypeVar("T")
@@ -65,13 +64,28 @@ def teach(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: D
 
 
 @app.command(epilog="Example: torchrun --nproc-per-node 4 -m cli precompute configs/photos.yaml")
-def precompute(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
-    """Stage 1: the teacher's logits and explanation maps for every packed image (packs and teaches first)."""
+def precompute(
+    config: ConfigArg,
+    set_: SetOpt = None,
+    out: OutOpt = None,
+    dry_run: DryOpt = False,
+    rank: Annotated[
+        int | None, typer.Option(help="this process's number among independent ones, from 0")
+    ] = None,
+    world: Annotated[int | None, typer.Option(help="how many independent processes share the work")] = None,
+) -> None:
+    """Stage 1: the teacher's logits and explanation maps for every packed image (packs and teaches first).
+
+    Processes that are started apart, each with its --rank and --world or as a SLURM array, compute whole shards each,
+    after `e2kd pack` and `e2kd teach`.
+    """
     job = _open(config, set_, out, dry_run)
+    from pipeline.launch import Part
     from pipeline.stages import prepare_stores
 
-    prepare_stores(job.experiment, job.layout, job.fabric(), job.progress)
-    job.progress.say(f"stored: {job.layout.stores(job.experiment.store_name)}")
+    part = Part.of(rank, world)
+    if prepare_stores(job.experiment, job.layout, job.fabric(), job.progress, part):
+        job.progress.say(f"stored: {job.layout.stores(job.experiment.store_name)}")
 
 
 @app.command(epilog="Example: e2kd distill configs/toybirds.yaml --student e2kd --seed 0")
@@ -114,7 +128,7 @@ def report(
 ) -> None:
     """A Markdown table over students x splits, and a figure of maps and training curves."""
     if config.is_dir():
-        config, out = Layout(config).config, out or config
+        config, out = config / "config.yaml", out or config
     _report(_open(config, set_, out, dry_run))
 
 
@@ -160,12 +174,13 @@ class _Job:
 
 def _open(config: Path, overrides: Sequence[str] | None, out: Path | None, dry_run: bool) -> _Job:
     from pipeline.config import dump, load
+    from pipeline.layout import Layout
 
     experiment = load(config, overrides or ())
     if dry_run:
         print(dump(experiment), end="")
         raise typer.Exit(0)
-    return _Job(experiment, Layout(out or Path("out") / config.stem))
+    return _Job(experiment, Layout(out or Path("out") / config.stem, experiment.artifacts))
 
 
 def _progress() -> Progress:

@@ -220,8 +220,10 @@ class StoreConfig(Settings):
     """How the teacher's answers are stored."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="default: explainer and logit")
-    maps: Literal["fp16", "fp32"] = "fp16"
-    logits: Literal["fp16", "fp32"] = "fp16"
+    maps: Literal["auto", "fp16", "int8", "int6", "int5", "lossless"] = Field(
+        "auto", description="auto: fp16 for GradCAM, int6 for maps of the input's size (B-cos)"
+    )
+    logits: Literal["fp16", "uint12", "fp32"] = "fp16"
     rows_per_shard: Annotated[int, Field(ge=1, le=65536)] = 1024
     batch_size: Positive = Field(64, description="images per teacher forward pass")
 
@@ -238,6 +240,10 @@ class Experiment(Settings):
     """One experiment: one config file, one folder `out/<name>/`."""
 
     data: DataConfig
+    artifacts: str | None = Field(
+        None,
+        description="folder or fsspec URL (s3://...) for image sets and stores; default: the experiment's folder",
+    )
     view: ViewConfig
     teacher: TeacherConfig
     explain: ExplainConfig = ExplainConfig()

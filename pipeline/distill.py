@@ -191,7 +191,7 @@ def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStor
     if unlabelled and (settings.loss == "ce" or settings.shots):
         raise ConfigError(
             f"student {name} needs labels ({'loss: ce' if settings.loss == 'ce' else 'shots'}), "
-            f"but {images.path} has unlabelled images; use loss: kd without shots, or labelled data"
+            f"but {images.place} has unlabelled images; use loss: kd without shots, or labelled data"
         )
     rows = select_rows(images.labels, settings.rows, settings.shots)
     frozen = settings.mode == "frozen" and settings.needs_teacher

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from artifacts import ImageSet, TeacherStore
-from artifacts.durable import write_atomic
 from pipeline.augment import PairedAugment
 from pipeline.config import AugmentConfig
 from pipeline.metrics import map_cosine
@@ -27,13 +23,29 @@ def freezing_gap(
     Returns {"crop" | "flip" | "both": {"mean": -1..1, "p1": 1st percentile, "images": n}}. Samples where either map
     is all-zero are left out, as the explanation loss leaves them out.
     """
-    rows = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(np.int64)
+    rows = sample_rows(images)
     crop = augment.model_copy(update={"hflip": 0.0, "vflip": 0.0})
     flip = augment.model_copy(
         update={"crop_scale": None, "hflip": 1.0, "rotate": 0.0, "translate": 0.0, "shear": 0.0}
     )
     kinds = {"crop": crop, "flip": flip, "both": augment}
     return {name: _cosines(explainer, images, store, rows, config, device) for name, config in kinds.items()}
+
+
+def sample_rows(images: ImageSet) -> np.ndarray:
+    """Up to SAMPLE rows, evenly over the set."""
+    return np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(np.int64)
+
+
+def summary(cosines: Tensor) -> dict[str, float]:
+    """Mean and 1st percentile of cosines, and of how many images."""
+    if not len(cosines):
+        return {"mean": 0.0, "p1": 0.0, "images": 0}
+    return {
+        "mean": round(float(cosines.mean()), 5),
+        "p1": round(float(cosines.quantile(0.01)), 5),
+        "images": len(cosines),
+    }
 
 
 def _cosines(
@@ -54,29 +66,14 @@ def _cosines(
         pixels = torch.from_numpy(images.read_images(part)).to(device)
         warped_images, warped_maps, _ = paired(pixels, frozen, torch.from_numpy(part), 0)
         assert warped_maps is not None
-        found.append(_both_alive(warped_maps, explainer(warped_images, classes).maps))
-    cosines = torch.cat(found).cpu()
-    if not len(cosines):
-        return {"mean": 0.0, "p1": 0.0, "images": 0}
-    return {
-        "mean": round(float(cosines.mean()), 4),
-        "p1": round(float(cosines.quantile(0.01)), 4),
-        "images": len(cosines),
-    }
+        found.append(both_alive(warped_maps, explainer(warped_images, classes).maps))
+    return summary(torch.cat(found).cpu())
 
 
-def _both_alive(frozen: Tensor, live: Tensor) -> Tensor:
+def both_alive(frozen: Tensor, live: Tensor) -> Tensor:
+    """Cosines of the pairs of which neither map is all-zero: at most [B]."""
     alive = (frozen.flatten(1).abs().amax(1) > 0) & (live.flatten(1).abs().amax(1) > 0)
     return map_cosine(frozen[alive], live[alive])
-
-
-def write_gap(path: Path, gap: dict[str, dict[str, float]]) -> None:
-    write_atomic(path, (json.dumps(gap, indent=2) + "\n").encode())
-
-
-def read_gap(path: Path) -> dict[str, dict[str, float]]:
-    loaded: dict[str, dict[str, float]] = json.loads(path.read_text())
-    return loaded
 
 
 def tell(gap: dict[str, dict[str, float]]) -> str:

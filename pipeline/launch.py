@@ -4,11 +4,49 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from artifacts.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `world` independent processes that share a stage-1 job without knowing each other."""
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"--rank {self.rank} --world {self.world}: rank must be 0 to world - 1")
+
+    @classmethod
+    def of(cls, rank: int | None, world: int | None) -> Part:
+        """From the flags, else from SLURM (an array's tasks, or srun without --ntasks-per-node), else all of it.
+
+        Raises ConfigError where only one flag is given or the rank is out of range.
+        """
+        if (rank is None) != (world is None):
+            raise ConfigError("--rank and --world belong together: give both or neither")
+        if rank is not None and world is not None:
+            return cls(rank, world)
+        slurm = {name: os.environ.get(f"SLURM_{name}", "") for name in _SLURM}
+        if slurm["ARRAY_TASK_COUNT"]:
+            first = int(slurm["ARRAY_TASK_MIN"] or 0)
+            return cls(int(slurm["ARRAY_TASK_ID"]) - first, int(slurm["ARRAY_TASK_COUNT"]))
+        if slurm["PROCID"] and slurm["NTASKS"] and not slurm["NTASKS_PER_NODE"]:
+            return cls(int(slurm["PROCID"]), int(slurm["NTASKS"]))
+        return cls()
+
+    def owns(self, shard: int) -> bool:
+        return shard % self.world == self.rank
+
+
+_SLURM = ("ARRAY_TASK_COUNT", "ARRAY_TASK_MIN", "ARRAY_TASK_ID", "PROCID", "NTASKS", "NTASKS_PER_NODE")
 _PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 

@@ -1,40 +1,39 @@
-"""Where an experiment keeps what it makes under one git-ignored root, `out/<experiment>/`."""
+"""Where an experiment keeps what it makes: one git-ignored folder `out/<experiment>/`, and, where the config says
+`artifacts: URL`, its image sets and stores there, for other experiments and machines to use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from artifacts.places import Place, place
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders of one experiment under `root`."""
+    """The folders of one experiment: `root`, here, and `shared`, a folder or fsspec URL for images and stores."""
 
     root: Path
+    shared: str | None = None
 
     @property
     def config(self) -> Path:
-        """The resolved config of the last distill, so that the folder explains itself."""
+        """The resolved config of the last precompute or distill, so that the folder explains itself."""
         return self.root / "config.yaml"
 
-    def images(self, split: str) -> Path:
-        return self.root / "images" / split
+    def images(self, split: str) -> Place:
+        return self._shared / f"images/{split}"
 
     @property
     def teacher(self) -> Path:
         return self.root / "teacher"
 
-    def stores(self, name: str) -> Path:
-        return self.root / "stores" / name
+    def stores(self, name: str) -> Place:
+        """The stores of all splits, and beside them what was measured about them."""
+        return self._shared / f"stores/{name}"
 
-    def store(self, name: str, split: str) -> Path:
+    def store(self, name: str, split: str) -> Place:
         return self.stores(name) / split
-
-    def teacher_scores(self, name: str, split: str) -> Path:
-        return self.stores(name) / f"teacher-{split}.json"
-
-    def freezing_gap(self, name: str) -> Path:
-        return self.stores(name) / "freezing-gap.json"
 
     @property
     def runs(self) -> Path:
@@ -46,3 +45,16 @@ class Layout:
     @property
     def report(self) -> Path:
         return self.root / "report"
+
+    @property
+    def _shared(self) -> Place:
+        return place(self.shared or self.root)
+
+
+FREEZING_GAP = "freezing-gap.json"
+CODEC_COST = "codec-cost.json"
+
+
+def teacher_scores(split: str) -> str:
+    """The file beside the stores with the teacher's own scores on a split."""
+    return f"teacher-{split}.json"

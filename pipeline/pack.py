@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from artifacts import ImageSet, open_images
-from artifacts.images import write_images
+from artifacts.packing import write_images
 from pipeline.config import Experiment
 from pipeline.data import open_source
 from pipeline.layout import Layout
@@ -19,14 +19,14 @@ def pack(experiment: Experiment, layout: Layout, progress: Progress) -> None:
 
 def pack_split(experiment: Experiment, layout: Layout, split: str, progress: Progress) -> ImageSet:
     """Pack one split, or continue where an interrupted run stopped."""
-    path = layout.images(split)
+    where = layout.images(split)
     source = open_source(experiment.data, split, experiment.view.resize or experiment.view.size)
     view = CanonicalView.of(experiment.view)
-    if (path / "index.json").exists():
+    if where.exists("index.json"):
         progress = Quiet()  # nothing to do but to check that it is the same
     with progress.bar(f"pack {split}", len(source), "image") as advance:
         write_images(
-            path,
+            where,
             count=len(source),
             get=lambda row: view.apply(source.raw(row)),
             view=view.describe(),
@@ -35,4 +35,4 @@ def pack_split(experiment: Experiment, layout: Layout, split: str, progress: Pro
             rows_per_shard=experiment.store.rows_per_shard,
             progress=advance,
         )
-    return open_images(path)
+    return open_images(where)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,72 +16,132 @@ from torch import nn
 
 from artifacts import ImageSet, TeacherRows, TeacherStore, open_images, open_store
 from artifacts.codecs import get_codec
-from artifacts.durable import write_atomic
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
-from artifacts.store import StoreWriter
+from artifacts.writer import ShardStream, StoreWriter
+from pipeline.codec_cost import codec_cost
+from pipeline.codec_cost import tell as tell_cost
 from pipeline.config import Experiment
 from pipeline.data.loader import PairedRows
 from pipeline.evaluate import score, teacher_answers
-from pipeline.gap import freezing_gap, tell, write_gap
-from pipeline.layout import Layout
+from pipeline.gap import freezing_gap
+from pipeline.gap import tell as tell_gap
+from pipeline.launch import Part
+from pipeline.layout import CODEC_COST, FREEZING_GAP, Layout, teacher_scores
 from pipeline.models import Classifier, weights_sha256
 from pipeline.progress import Progress
 from pipeline.teacher import build_explainer, class_count, load_teacher, map_size
 
+WHOLE = Part()
+
 
 def precompute(
-    experiment: Experiment, layout: Layout, split: str, images: ImageSet, fabric: Fabric, progress: Progress
-) -> TeacherStore:
+    experiment: Experiment,
+    layout: Layout,
+    split: str,
+    images: ImageSet,
+    fabric: Fabric,
+    progress: Progress,
+    part: Part = WHOLE,
+) -> TeacherStore | None:
     """Fill the store of one split; a finished one of this teacher, explainer and image set is kept.
 
-    Every process computes whole shards of those that are not committed yet. Raises MismatchedStore where the
+    Every process computes whole shards of those that are not committed yet; `part` narrows them to those of one of
+    several independent processes. None while shards of other parts are missing. Raises MismatchedStore where the
     folder holds something else, DataError where the teacher's numbers are not finite.
     """
     teacher = load_teacher(experiment, layout, images)
-    writer = StoreWriter(layout.store(experiment.store_name, split), _draft(experiment, teacher, images))
+    where = layout.store(experiment.store_name, split)
+    writer = StoreWriter(where, _draft(experiment, teacher, images))
+    todo: list[int] = []
     if fabric.is_global_zero:
         writer.create()
-    fabric.barrier()
-    todo = sorted(set(range(len(images.shards))) - writer.committed())
-    fabric.barrier()
+        missing = set(range(len(images.shards))) - writer.committed()
+        todo = sorted(shard for shard in missing if part.owns(shard))
+    todo = fabric.broadcast(todo)
     if todo:
         explainer = build_explainer(experiment.explain, teacher).to(fabric.device)
         mine = todo[fabric.global_rank :: fabric.world_size]
-        with progress.bar(
-            f"precompute {split}", sum(len(images.shard_rows(k)) for k in mine), "image"
-        ) as advance:
-            for shard in mine:
-                rows = images.shard_rows(shard)
-                answers = []
-                for start in range(rows.start, rows.stop, experiment.store.batch_size):
-                    part = range(start, min(start + experiment.store.batch_size, rows.stop))
-                    answers.append(_ask(explainer, images, part, fabric.device))
-                    advance(len(part))
-                writer.write_shard(
-                    shard, _joined(answers), images.keys_sha256(shard), images.keys[rows.start : rows.stop]
-                )
+        _answer(explainer, images, mine, writer, experiment.store.batch_size, fabric.device, split, progress)
         fabric.barrier()
+    complete = False
     if fabric.is_global_zero:
-        writer.finish()
-    fabric.barrier()
-    store = open_store(layout.store(experiment.store_name, split))
+        done = len(writer.committed())
+        complete = done == len(images.shards)
+        if complete:
+            writer.finish()
+        elif part.world > 1:
+            progress.say(
+                f"part {part.rank} of {part.world} of {split} is done; {done} of {len(images.shards)} shards are "
+                "committed. The last part finishes the store, or any run without --rank"
+            )
+    if not fabric.broadcast(complete):
+        return None
+    store = open_store(where)
     _write_teacher_scores(experiment, layout, split, images, store, fabric)
     return store
 
 
-def measure_gap(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
-    """Measure, once, how far frozen maps are from live ones, under the students' geometry, and say it."""
-    file = layout.freezing_gap(experiment.store_name)
-    student = next(iter(experiment.students.values()))
-    if file.exists() or not fabric.is_global_zero:
+def _answer(
+    explainer: nn.Module,
+    images: ImageSet,
+    shards: Sequence[int],
+    writer: StoreWriter,
+    batch_size: int,
+    device: torch.device,
+    split: str,
+    progress: Progress,
+) -> None:
+    """Compute and commit some shards. Reading ahead, encoding and writing overlap with the teacher."""
+    batches = [
+        (shard, range(start, min(start + batch_size, rows.stop)))
+        for shard in shards
+        for rows in [images.shard_rows(shard)]
+        for start in range(rows.start, rows.stop, batch_size)
+    ]
+    total = sum(len(rows) for _, rows in batches)
+    with (
+        progress.bar(f"precompute {split}", total, "image") as advance,
+        ShardStream(writer) as stream,
+        ThreadPoolExecutor(os.cpu_count(), "read") as readers,
+    ):
+        for (shard, rows), pixels in zip(batches, _read_ahead(images, batches, readers), strict=True):
+            if rows.start == images.shard_rows(shard).start:
+                stream.begin(shard, images.keys_sha256(shard), images.shard_keys(shard))
+            stream.append(_ask(explainer, pixels, rows, device))
+            if rows.stop == images.shard_rows(shard).stop:
+                stream.end()
+            advance(len(rows))
+
+
+def _read_ahead(
+    images: ImageSet, batches: Sequence[tuple[int, range]], readers: Executor
+) -> Iterator[np.ndarray]:
+    """The pixels u8 [B,3,S,S] of each batch, decoded by threads while the batch before it is with the teacher."""
+    ahead: deque[list[Future[np.ndarray]]] = deque()
+    for _, rows in batches:
+        ahead.append([readers.submit(images.read_images, rows[i : i + 8]) for i in range(0, len(rows), 8)])
+        if len(ahead) > 1:
+            yield np.concatenate([piece.result() for piece in ahead.popleft()])
+    while ahead:
+        yield np.concatenate([piece.result() for piece in ahead.popleft()])
+
+
+def measure(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
+    """Measure, once, what storing and freezing cost, under the students' geometry, and say it."""
+    beside = layout.stores(experiment.store_name)
+    if not fabric.is_global_zero or all(beside.exists(name) for name in (FREEZING_GAP, CODEC_COST)):
         return
+    student = next(iter(experiment.students.values()))
     images = open_images(layout.images(student.split))
     teacher = load_teacher(experiment, layout, images)
     explainer = build_explainer(experiment.explain, teacher).to(fabric.device)
     store = open_store(layout.store(experiment.store_name, student.split))
+    cost = codec_cost(explainer, images, store, student.augment, fabric.device)
+    beside.write(CODEC_COST, _json(cost))
+    progress.say(tell_cost(cost))
     gap = freezing_gap(explainer, images, store, student.augment, fabric.device)
-    write_gap(file, gap)
-    progress.say(tell(gap))
+    beside.write(FREEZING_GAP, _json(gap))
+    progress.say(tell_gap(gap))
 
 
 def open_matching_store(experiment: Experiment, layout: Layout, split: str, images: ImageSet) -> TeacherStore:
@@ -111,8 +176,14 @@ def _draft(experiment: Experiment, teacher: Classifier, images: ImageSet) -> Man
             width=width,
         ),
         logits=_codec(experiment.store.logits),
-        maps=_codec(experiment.store.maps),
+        maps=_codec(_map_codec(experiment)),
     )
+
+
+def _map_codec(experiment: Experiment) -> str:
+    """`auto`: exact enough and cheap at the size of the features; quantised at the size of the images."""
+    codec = experiment.store.maps
+    return codec if codec != "auto" else "fp16"
 
 
 def _codec(name: str) -> CodecInfo:
@@ -120,10 +191,9 @@ def _codec(name: str) -> CodecInfo:
     return CodecInfo(codec=codec.codec_id, error_bound=codec.error_bound)
 
 
-def _ask(explainer: nn.Module, images: ImageSet, rows: range, device: torch.device) -> TeacherRows:
-    """The teacher's answers for the canonical view of some rows."""
-    pixels = torch.from_numpy(images.read_images(rows)).to(device)
-    answer = explainer(pixels.float() / 255)
+def _ask(explainer: nn.Module, pixels: np.ndarray, rows: range, device: torch.device) -> TeacherRows:
+    """The teacher's answers for the canonical view `pixels` u8 [B,3,S,S] of some rows."""
+    answer = explainer(torch.from_numpy(pixels).to(device).float() / 255)
     return TeacherRows(
         logits=answer.logits[:, None].cpu().numpy(),
         explained_class=answer.classes[:, None, None].cpu().numpy(),
@@ -131,24 +201,19 @@ def _ask(explainer: nn.Module, images: ImageSet, rows: range, device: torch.devi
     )
 
 
-def _joined(parts: list[TeacherRows]) -> TeacherRows:
-    return TeacherRows(
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.explained_class for part in parts]),
-        np.concatenate([part.maps for part in parts]),
-    )
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _write_teacher_scores(
     experiment: Experiment, layout: Layout, split: str, images: ImageSet, store: TeacherStore, fabric: Fabric
 ) -> None:
     """The teacher's own accuracy and EPG, for the report; read off the store."""
-    file = layout.teacher_scores(experiment.store_name, split)
-    if file.exists():
+    beside, name = layout.stores(experiment.store_name), teacher_scores(split)
+    if fabric.broadcast(beside.exists(name)):
         return
-    fabric.barrier()
     rows = PairedRows(images, store, masks="any")
     scores = score(fabric, teacher_answers, rows, experiment.evaluate.batch_size)
     own = {name: value for name, value in scores.items() if name not in ("agreement", "map_cosine")}
     if fabric.is_global_zero:
-        write_atomic(file, json.dumps(own, indent=2).encode())
+        beside.write(name, _json(own))

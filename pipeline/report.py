@@ -11,7 +11,7 @@ from typing import Any
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError
 from pipeline.config import Experiment, StudentConfig
-from pipeline.layout import Layout
+from pipeline.layout import CODEC_COST, FREEZING_GAP, Layout, teacher_scores
 from pipeline.run import Run
 
 Scores = Mapping[str, Sequence[float]]
@@ -89,11 +89,15 @@ def _about(experiment: Experiment, layout: Layout) -> list[str]:
         f"- explanation: {explain.explainer} of the {explain.logit} logit",
         f"- seeds: {', '.join(map(str, experiment.seeds))}",
     ]
-    file = layout.freezing_gap(experiment.store_name)
-    if file.exists():
-        from pipeline.gap import read_gap, tell
+    beside = layout.stores(experiment.store_name)
+    if beside.exists(FREEZING_GAP):
+        from pipeline.gap import tell
 
-        lines.append(f"- {tell(read_gap(file))}")
+        lines.append(f"- {tell(json.loads(beside.read(FREEZING_GAP)))}")
+    if beside.exists(CODEC_COST):
+        from pipeline.codec_cost import tell as tell_cost
+
+        lines.append(f"- {tell_cost(json.loads(beside.read(CODEC_COST)))}")
     missing = [
         f"{name} seed {seed}"
         for name in experiment.students
@@ -123,7 +127,7 @@ def _table(
     experiment: Experiment, layout: Layout, results: Mapping[str, Sequence[dict[str, Any]]], split: str
 ) -> str:
     scores = {name: _by_metric(runs, split) for name, runs in results.items()}
-    teacher = teacher_scores(layout, experiment, split)
+    teacher = read_teacher_scores(layout, experiment, split)
     found = set(teacher).union(*scores.values())
     names = [metric for metric in METRICS if metric in found]
     rows = [["student", *(METRICS[name] for name in names)]]
@@ -145,10 +149,10 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def teacher_scores(layout: Layout, experiment: Experiment, split: str) -> dict[str, float]:
+def read_teacher_scores(layout: Layout, experiment: Experiment, split: str) -> dict[str, float]:
     """The teacher's scores on a split, written beside its store by precompute."""
-    file = layout.teacher_scores(experiment.store_name, split)
-    scores: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    beside, name = layout.stores(experiment.store_name), teacher_scores(split)
+    scores: dict[str, float] = json.loads(beside.read(name)) if beside.exists(name) else {}
     return scores
 
 

@@ -10,10 +10,10 @@ from artifacts import open_images
 from artifacts.durable import write_atomic
 from pipeline.config import Experiment, dump
 from pipeline.distill import distill, evaluate_student
-from pipeline.launch import start
+from pipeline.launch import Part, start
 from pipeline.layout import Layout
 from pipeline.pack import pack
-from pipeline.precompute import measure_gap, precompute
+from pipeline.precompute import WHOLE, measure, precompute
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.teach import teach
@@ -28,12 +28,26 @@ def prepare_teacher(experiment: Experiment, layout: Layout, fabric: Fabric, prog
         teach(experiment, layout, fabric, progress)
 
 
-def prepare_stores(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
-    """Stage 1 for every split that students train on or are scored on."""
-    prepare_teacher(experiment, layout, fabric, progress)
-    for split in experiment.answered_splits:
-        precompute(experiment, layout, split, open_images(layout.images(split)), fabric, progress)
-    measure_gap(experiment, layout, fabric, progress)
+def prepare_stores(
+    experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress, part: Part = WHOLE
+) -> bool:
+    """Stage 1 for every split that students train on or are scored on. False while other parts are not done.
+
+    Independent parts do not pack or teach: that is done once, before them. Raises ImageSetError or ModelError
+    where it was not.
+    """
+    if part == WHOLE:
+        prepare_teacher(experiment, layout, fabric, progress)
+    if fabric.is_global_zero:
+        write_atomic(layout.config, dump(experiment).encode())
+    stores = [
+        precompute(experiment, layout, split, open_images(layout.images(split)), fabric, progress, part)
+        for split in experiment.answered_splits
+    ]
+    complete = None not in stores
+    if complete:
+        measure(experiment, layout, fabric, progress)
+    return complete
 
 
 def distill_all(
@@ -46,8 +60,6 @@ def distill_all(
 ) -> None:
     """Stage 2 for students x seeds. Finished runs are left alone."""
     prepare_stores(experiment, layout, fabric, progress)
-    if fabric.is_global_zero:
-        write_atomic(layout.config, dump(experiment).encode())
     runs = [(name, seed) for seed in seeds for name in students]
     for name, seed in runs:
         distill(experiment, layout, start(experiment.students[name].precision), name, seed, progress)

@@ -25,7 +25,7 @@ def class_count(experiment: Experiment, images: ImageSet) -> int:
         raise ModelError("the data has no classes: say how many the teacher has with teacher.classes")
     if named and said not in (None, named):
         raise ModelError(
-            f"the teacher has {said} classes but {images.path} has {named}; use its data, correct teacher.classes, "
+            f"the teacher has {said} classes but {images.place} has {named}; use its data, correct teacher.classes, "
             "or ignore the labels with data.labels: false to distil on unrelated images"
         )
     return said or named

@@ -126,7 +126,7 @@ class PairedRows(Dataset[Batch]):
             )
         wanted = "mask or box" if self.masks == "any" else self.masks
         raise DataError(
-            f"{self.images.path}: sample {sample.key!r} (row {row}) has no {wanted}, which guidance and EPG need of "
+            f"{self.images.place}: sample {sample.key!r} (row {row}) has no {wanted}, which guidance and EPG need of "
             "every image; annotate it, or remove teacher.train.guide and the annotations"
         )
 

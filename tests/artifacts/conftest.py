@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from artifacts import ImageSet, Sample, open_images
-from artifacts.images import write_images
+from artifacts import ImageSet, Sample, TeacherRows, open_images
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
-from artifacts.store import StoreWriter, TeacherRows
+from artifacts.packing import write_images
+from artifacts.writer import StoreWriter
 
 SIZE, ROWS, PER_SHARD, CLASSES = 16, 11, 4, 5  # the last shard is short
 
@@ -126,12 +126,12 @@ def tools() -> type[Tools]:
 
 @pytest.fixture(scope="session")
 def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack(tmp_path_factory.mktemp("packed") / "images").path
+    return pack(tmp_path_factory.mktemp("packed") / "images").place.path
 
 
 @pytest.fixture(scope="session")
 def stored_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fill(tmp_path_factory.mktemp("stored") / "store").path
+    return fill(tmp_path_factory.mktemp("stored") / "store").place.path
 
 
 @pytest.fixture

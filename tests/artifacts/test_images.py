@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from artifacts import ImageSet, ImageSetError, Sample, open_images
+from artifacts.sealed import seal
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -64,7 +65,9 @@ def test_plain_webdataset_reads_the_shards(packed: ImageSet, tools: Any) -> None
     seen = [
         item
         for shard in packed.shards
-        for item in webdataset.WebDataset(str(packed.path / shard.name), shardshuffle=False).decode("rgb8")
+        for item in webdataset.WebDataset(str(packed.place.path / shard.name), shardshuffle=False).decode(
+            "rgb8"
+        )
     ]
     assert [item["__key__"] for item in seen] == packed.keys
     for row, item in enumerate(seen):
@@ -146,19 +149,19 @@ def empty_sidecar(path: Path) -> None:
 def test_an_interrupted_pack_is_refused_then_resumes_to_the_same_bytes(
     packed: ImageSet, tools: Any, wound: Callable[[Path], None], asked: range
 ) -> None:
-    whole = tools.snapshot(packed.path)
-    wound(packed.path)
+    whole = tools.snapshot(packed.place.path)
+    wound(packed.place.path)
     with pytest.raises(ImageSetError, match="was not finished; run: e2kd pack"):
-        open_images(packed.path)
+        open_images(packed.place.path)
     calls: list[int] = []
 
     def get(row: int) -> Sample:
         calls.append(row)
         return tools.sample(row)
 
-    tools.pack(packed.path, get)
+    tools.pack(packed.place.path, get)
     assert calls == list(asked)
-    assert tools.snapshot(packed.path) == whole
+    assert tools.snapshot(packed.place.path) == whole
 
 
 def test_an_exception_while_packing_leaves_a_set_that_resumes(tmp_path: Path, tools: Any) -> None:
@@ -172,25 +175,27 @@ def test_an_exception_while_packing_leaves_a_set_that_resumes(tmp_path: Path, to
     with pytest.raises(ImageSetError, match="was not finished"):
         open_images(tmp_path / "set")
     resumed = tools.pack(tmp_path / "set")
-    assert tools.snapshot(resumed.path) == tools.snapshot(tools.pack(tmp_path / "whole").path)
+    assert tools.snapshot(resumed.place.path) == tools.snapshot(tools.pack(tmp_path / "whole").place.path)
 
 
 @pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.rows.json"])
-def test_the_mend_that_a_message_names_mends(packed: ImageSet, tools: Any, name: str) -> None:
-    whole = tools.snapshot(packed.path)
-    (packed.path / name).unlink()
-    with pytest.raises(ImageSetError, match="delete"):
-        open_images(packed.path)
-    (packed.path / "index.json").unlink()
-    tools.pack(packed.path)
-    assert tools.snapshot(packed.path) == whole
+def test_a_missing_file_is_refused_and_packing_again_mends_it(
+    packed: ImageSet, tools: Any, name: str
+) -> None:
+    whole = tools.snapshot(packed.place.path)
+    (packed.place.path / name).unlink()
+    with pytest.raises(ImageSetError, match="run: e2kd verify --repair"):
+        open_images(packed.place.path)
+    (packed.place.path / "index.json").unlink()
+    tools.pack(packed.place.path)
+    assert tools.snapshot(packed.place.path) == whole
 
 
 def test_a_finished_set_is_left_alone(packed: ImageSet, tools: Any) -> None:
     seen: list[int] = []
-    stamps = {file: file.stat().st_mtime_ns for file in packed.path.iterdir()}
-    tools.pack(packed.path, lambda row: pytest.fail("asked again"), progress=seen.append)
-    assert stamps == {file: file.stat().st_mtime_ns for file in packed.path.iterdir()}
+    stamps = {file: file.stat().st_mtime_ns for file in packed.place.path.iterdir()}
+    tools.pack(packed.place.path, lambda row: pytest.fail("asked again"), progress=seen.append)
+    assert stamps == {file: file.stat().st_mtime_ns for file in packed.place.path.iterdir()}
     assert sum(seen) == tools.rows
 
 
@@ -198,11 +203,11 @@ def test_another_finished_set_is_not_overwritten_and_an_unfinished_one_is(
     packed: ImageSet, tools: Any
 ) -> None:
     with pytest.raises(ImageSetError, match=r"view: packed .*fit.*, config .*crop"):
-        tools.pack(packed.path, view={"size": 16, "resize": "crop"})
-    (packed.path / "index.json").unlink()
-    other = tools.pack(packed.path, rows_per_shard=8)
+        tools.pack(packed.place.path, view={"size": 16, "resize": "crop"})
+    (packed.place.path / "index.json").unlink()
+    other = tools.pack(packed.place.path, rows_per_shard=8)
     assert [shard.rows for shard in other.shards] == [8, 3]
-    assert not list(packed.path.glob("shard-000002*"))
+    assert not list(packed.place.path.glob("shard-000002*"))
 
 
 # ---- unfit keys
@@ -231,32 +236,32 @@ def test_repeated_keys_are_refused_and_the_corrected_source_packs(
 
 @pytest.mark.parametrize("left", [None, 0, 700])
 def test_missing_or_short_tars_are_refused_on_opening(packed: ImageSet, left: int | None) -> None:
-    tar = packed.path / "shard-000001.tar"
+    tar = packed.place.path / "shard-000001.tar"
     data = tar.read_bytes()
     tar.unlink() if left is None else tar.write_bytes(data[:left])
     with pytest.raises(ImageSetError, match=r"shard-000001.tar \(rows 4 to 7\)"):
-        open_images(packed.path)
+        open_images(packed.place.path)
 
 
 def test_a_changed_row_list_is_refused_when_read(packed: ImageSet) -> None:
-    file = packed.path / "shard-000001.rows.json"
+    file = packed.place.path / "shard-000001.rows.json"
     file.write_text(file.read_text().replace("img-0005", "img-0006"))
-    images = open_images(packed.path)
+    images = open_images(packed.place.path)
     with pytest.raises(ImageSetError, match=r"shard-000001.rows.json"):
         images[5]
 
 
 def test_bytes_that_do_not_decode_name_the_row(packed: ImageSet) -> None:
-    tar = packed.path / "shard-000001.tar"
+    tar = packed.place.path / "shard-000001.tar"
     for extension in ("png", "json"):
         whole = tar.read_bytes()
-        entries = json.loads((packed.path / "shard-000001.rows.json").read_text())
+        entries = json.loads((packed.place.path / "shard-000001.rows.json").read_text())["rows"]
         place = next(row for row in entries if row["key"] == "img-0005")["members"][extension]
         data = bytearray(whole)
         data[place[0] : place[0] + place[1]] = b"\xff" * place[1]
         tar.write_bytes(data)
         with pytest.raises(ImageSetError, match=r"shard-000001.tar: row 5 cannot be decoded"):
-            open_images(packed.path)[5]
+            open_images(packed.place.path)[5]
         tar.write_bytes(whole)
 
 
@@ -266,9 +271,9 @@ def test_any_flipped_bit_of_a_member_is_an_error_that_names_the_row(
 ) -> None:
     """JPEG and JSON hold no checksum: without the row list's, most flips read back as other pixels or boxes."""
     images = tools.pack(tmp_path / "set", image_format=image_format)
-    tar = images.path / "shard-000001.tar"
+    tar = images.place.path / "shard-000001.tar"
     whole = tar.read_bytes()
-    members = json.loads((images.path / "shard-000001.rows.json").read_text())[1]["members"]
+    members = json.loads((images.place.path / "shard-000001.rows.json").read_text())["rows"][1]["members"]
     for extension, (offset, length, _) in members.items():
         for position in np.linspace(offset, offset + length - 1, 25, dtype=int):
             data = bytearray(whole)
@@ -277,39 +282,40 @@ def test_any_flipped_bit_of_a_member_is_an_error_that_names_the_row(
             with pytest.raises(
                 ImageSetError, match=rf"{tar.name}: row 5 .* checksum of its {extension} differs"
             ):
-                open_images(images.path)[5]
+                open_images(images.place.path)[5]
     tar.write_bytes(whole)
 
 
 def test_a_row_list_without_checksums_is_refused_and_packing_again_mends_it(
     packed: ImageSet, tools: Any
 ) -> None:
-    before = tools.snapshot(packed.path)
-    index = json.loads((packed.path / "index.json").read_text())
+    before = tools.snapshot(packed.place.path)
+    index = json.loads((packed.place.path / "index.json").read_text())
     for shard in index["shards"]:
-        file = (packed.path / shard["name"]).with_suffix(".rows.json")
+        file = (packed.place.path / shard["name"]).with_suffix(".rows.json")
         rows = json.loads(file.read_text())
-        for row in rows:
+        for row in rows["rows"]:
             row["members"] = {name: place[:2] for name, place in row["members"].items()}
         file.write_text(json.dumps(rows))
         shard["rows_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (packed.path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ImageSetError, match=r"rows.json is damaged \(.*crc32.* run: e2kd pack"):
-        open_images(packed.path).read_images([0])
-    tools.pack(packed.path)
-    assert tools.snapshot(packed.path) == before
+    index.pop("seal")
+    (packed.place.path / "index.json").write_bytes(seal(index))
+    with pytest.raises(ImageSetError, match=r"rows.json is damaged \(.*crc32.* run: e2kd verify --repair"):
+        open_images(packed.place.path).read_images([0])
+    tools.pack(packed.place.path)
+    assert tools.snapshot(packed.place.path) == before
 
 
 def test_index_that_is_newer_or_not_json_is_refused(packed: ImageSet) -> None:
-    file = packed.path / "index.json"
+    file = packed.place.path / "index.json"
     index = json.loads(file.read_text())
     file.write_text(json.dumps(index | {"schema_version": 2}))
     with pytest.raises(ImageSetError, match="schema 2"):
-        open_images(packed.path)
+        open_images(packed.place.path)
     for text in ("", "{", "{}"):
         file.write_text(text)
         with pytest.raises(ImageSetError, match=r"index\.json"):
-            open_images(packed.path)
+            open_images(packed.place.path)
 
 
 def test_a_folder_without_a_set(tmp_path: Path) -> None:
@@ -318,18 +324,18 @@ def test_a_folder_without_a_set(tmp_path: Path) -> None:
 
 
 def test_file_urls_open(packed: ImageSet) -> None:
-    assert len(open_images(f"file://{packed.path}")) == len(packed)
+    assert len(open_images(f"file://{packed.place.path}")) == len(packed)
 
 
 def test_moved_sets_open(packed: ImageSet, tmp_path: Path) -> None:
-    shutil.move(packed.path, tmp_path / "elsewhere")
+    shutil.move(packed.place.path, tmp_path / "elsewhere")
     assert open_images(tmp_path / "elsewhere").fingerprint == packed.fingerprint
 
 
 def test_masks_are_viewable_by_any_reader(packed: ImageSet, tools: Any) -> None:
     import tarfile
 
-    with tarfile.open(packed.path / "shard-000000.tar") as archive:
+    with tarfile.open(packed.place.path / "shard-000000.tar") as archive:
         file = archive.extractfile("img-0001.mask.png")
         assert file is not None
         assert np.array_equal(np.asarray(Image.open(file)), tools.sample(1).mask)

@@ -35,7 +35,7 @@ STORE = "gradcam-centred"
 
 
 def _store_files(layout: Layout) -> dict[str, bytes]:
-    root = layout.store(STORE, "train")
+    root = layout.store(STORE, "train").path
     return {
         str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()
     }
@@ -72,7 +72,7 @@ def test_only_uncommitted_shards_are_computed_again(
     prepared: Layout, fabric: Fabric, experiment_of: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _store_files(prepared)
-    store = prepared.store(STORE, "train")
+    store = prepared.store(STORE, "train").path
     (store / "commits" / "000001.json").unlink()
     (store / "manifest.json").unlink()
     (store / "maps" / "c" / "1" / "0" / "0" / "0" / "0" / "0").write_bytes(b"half a shard")
@@ -115,7 +115,7 @@ def test_another_explanation_gets_a_store_of_its_own(
 
 
 def test_the_freezing_gap_is_recorded(prepared: Layout) -> None:
-    gap = json.loads(prepared.freezing_gap(STORE).read_text())
+    gap = json.loads(prepared.stores(STORE).read("freezing-gap.json"))
     assert set(gap) == {"crop", "flip", "both"}
     assert all(-1 <= values["p1"] <= values["mean"] <= 1.0001 for values in gap.values())
 

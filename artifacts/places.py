@@ -1,0 +1,271 @@
+"""Where objects lie: a folder on this machine, or one behind an fsspec URL (memory://, s3://, gs://, hf://).
+
+An object is there whole or not at all. Remote objects that are read by parts are copied to a bounded cache on this
+machine (artifacts/cache.py) and checked on the way; one that does not fit there is read by ranges.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from artifacts import cache
+from artifacts.durable import appearing, naming, sync_folder
+from artifacts.errors import PlaceError
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+FIRST_WAIT = 0.2
+"""Seconds before the second attempt of a failed remote call; doubles with each, plus up to as much at random."""
+
+
+OPEN_VIEWS = 128
+"""Files held open per place: a big store has more objects than a process may open files."""
+
+
+class View(ABC):
+    """The bytes of one object, read by parts."""
+
+    @abstractmethod
+    def __getitem__(self, part: slice) -> Any:
+        """The bytes start <= i < stop, as bytes or a memoryview."""
+
+
+class Place(ABC):
+    """A folder of objects, named by relative paths with slashes. `str(place)` is its path or URL."""
+
+    url: str
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._views: OrderedDict[str, View] = OrderedDict()
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": OrderedDict()}  # open files do not travel to other processes
+
+    def __truediv__(self, name: str) -> Place:
+        return place(f"{self.url.rstrip('/')}/{name}")
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Bytes, or None where there is no such object."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Every object below this folder and its bytes."""
+
+    def view(self, name: str, size: int, sha256: str) -> View:
+        """Access to parts of the object that should have this size and checksum. Raises FileNotFoundError."""
+        view = self._views.pop(name, None) or self._view(name, size, sha256)
+        self._views[name] = view
+        if len(self._views) > OPEN_VIEWS:
+            self._views.popitem(last=False)
+        return view
+
+    @abstractmethod
+    def _view(self, name: str, size: int, sha256: str) -> View: ...
+
+    @abstractmethod
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        """A local file to fill; it becomes the object, durably, when the block ends well."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove the object if it is there."""
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.writing(name) as file:
+            file.write_bytes(data)
+
+
+Url = str | os.PathLike[str] | Place
+
+
+def place(url: Url) -> Place:
+    """The folder at a path or URL. Raises PlaceError where the URL's protocol needs a package that is not here."""
+    if isinstance(url, Place):
+        return url
+    text = os.fspath(url).removeprefix("file://")
+    return RemotePlace(text) if "://" in text else LocalPlace(text)
+
+
+class LocalPlace(Place):
+    """A folder of this machine (or of a shared file system)."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.path = Path(url)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def size(self, name: str) -> int | None:
+        file = self.path / name
+        return file.stat().st_size if file.is_file() else None
+
+    def sizes(self) -> dict[str, int]:
+        found = {}
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                file = Path(folder, name)
+                found[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return found
+
+    def _view(self, name: str, size: int, sha256: str) -> View:
+        return _Mapped(self.path / name)
+
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        return appearing(self.path / name)
+
+    def remove(self, name: str) -> None:
+        file = self.path / name
+        with naming(file):
+            if file.exists():
+                file.unlink()
+                sync_folder(file.parent)
+
+
+class RemotePlace(Place):
+    """A folder behind an fsspec URL. Calls that fail are repeated with growing pauses."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._process, self._system = -1, None
+        _ = self.system  # an unknown protocol is an error now
+
+    @property
+    def system(self) -> Any:
+        """The fsspec file system: one per process, since its connections do not survive a fork."""
+        if self._system is None or self._process != os.getpid():
+            import fsspec
+
+            protocol = self.url.split("://", 1)[0]
+            forked = self._system is not None
+            try:
+                self._system = fsspec.filesystem(
+                    protocol,
+                    use_listings_cache=False,
+                    **({"skip_instance_cache": True} if forked else {}),
+                )
+            except (ImportError, ValueError) as error:
+                raise PlaceError(f"cannot open {self.url}: {error}") from None
+            self._process = os.getpid()
+        return self._system
+
+    def read(self, name: str) -> bytes:
+        return self._call(name, lambda path: self.system.cat_file(path))
+
+    def size(self, name: str) -> int | None:
+        try:
+            info = self._call(name, lambda path: self.system.info(path))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            found = self._call("", lambda path: self.system.find(path, detail=True))
+        except FileNotFoundError:
+            return {}
+        root = self.system._strip_protocol(self.url).rstrip("/") + "/"
+        return {path.removeprefix(root): int(info["size"]) for path, info in found.items()}
+
+    def _view(self, name: str, size: int, sha256: str) -> View:
+        def fetch(file: Path) -> None:
+            self._call(name, lambda path: self.system.get_file(path, str(file)))
+
+        copy = cache.kept(sha256, size, fetch)
+        return _Mapped(copy) if copy else _Ranges(self, name)
+
+    def part(self, name: str, start: int, stop: int) -> bytes:
+        return self._call(name, lambda path: self.system.cat_file(path, start=start, end=stop))
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="e2kd-") as folder:
+            file = Path(folder, "object")
+            file.touch()
+            yield file
+            self._call(name, lambda path: self._put(file, path))
+
+    def remove(self, name: str) -> None:
+        try:
+            self._call(name, lambda path: self.system.rm_file(path))
+        except FileNotFoundError:
+            return
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_system": None, "_process": -1}
+
+    def _put(self, file: Path, path: str) -> None:
+        self.system.makedirs(self.system._parent(path), exist_ok=True)
+        self.system.put_file(str(file), path)
+        found = int(self.system.info(path)["size"])
+        if found != file.stat().st_size:
+            raise OSError(f"{found} of {file.stat().st_size} bytes arrived")
+
+    def _call(self, name: str, call: Callable[[str], T]) -> T:
+        """Repeat a failing call; what cannot be mended by waiting is raised at once."""
+        path = self.system._strip_protocol(f"{self.url.rstrip('/')}/{name}".rstrip("/"))
+        wait = FIRST_WAIT
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call(path)
+            except FileNotFoundError:
+                raise
+            except PermissionError as error:
+                raise PlaceError(f"no access to {self.url}/{name} ({error}); check the credentials") from None
+            except Exception as error:  # each protocol has its own
+                if attempt == ATTEMPTS:
+                    raise PlaceError(
+                        f"{self.url}/{name} failed {ATTEMPTS} times ({type(error).__name__}: {error}); "
+                        "check the address and the network, then run the same command again"
+                    ) from error
+            time.sleep(wait * (1 + random.random()))
+            wait *= 2
+        raise AssertionError
+
+
+class _Mapped(View):
+    """A local file, mapped into memory."""
+
+    def __init__(self, file: Path) -> None:
+        with file.open("rb") as opened:
+            empty = os.fstat(opened.fileno()).st_size == 0
+            self._bytes: Any = b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __getitem__(self, part: slice) -> Any:
+        return memoryview(self._bytes)[part]
+
+
+class _Ranges(View):
+    """A remote object, asked for by ranges."""
+
+    def __init__(self, where: RemotePlace, name: str) -> None:
+        self._where, self._name = where, name
+
+    def __getitem__(self, part: slice) -> Any:
+        return self._where.part(self._name, part.start, part.stop)

@@ -1,0 +1,70 @@
+"""Reading and writing a store's JSON records, and the sentences for what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from artifacts.errors import DamagedStore, MismatchedStore, StoreError
+from artifacts.manifest import SCHEMA_VERSION, ManifestDraft, ShardRecord, differences
+from artifacts.places import Place
+from artifacts.sealed import NewerSchema, seal, unseal
+
+MEND = "run: e2kd precompute CONFIG"
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def commit_name(shard: int) -> str:
+    return f"commits/{shard:06d}.json"
+
+
+def read_record(place: Place, name: str, model: type[_Model]) -> _Model:
+    """Raises StoreError for a newer format, DamagedStore where the file is not an unchanged `model`."""
+    file = f"{place}/{name}"
+    try:
+        return model.model_validate(unseal(place.read(name), SCHEMA_VERSION))
+    except NewerSchema as error:
+        raise StoreError(
+            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise DamagedStore(f"{file} is damaged ({type(error).__name__}); delete it and {MEND}") from None
+
+
+def write_record(place: Place, name: str, record: BaseModel) -> None:
+    place.write(name, seal(record.model_dump(mode="json")))
+
+
+def check_same(place: Place, old: ManifestDraft, new: ManifestDraft) -> None:
+    """Raises MismatchedStore with the differing fields."""
+    differing = differences(old, new)
+    if differing:
+        lines = "\n".join(f"  {line}" for line in differing)
+        raise MismatchedStore(
+            f"{place} was made for something else:\n{lines}\n"
+            f"give this one another name (store.name), or delete the folder and {MEND}"
+        )
+
+
+def wrong_sizes(record: ShardRecord, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Array -> what is wrong with its object's size; `sizes` are those of the place."""
+    wrong = {}
+    for name, item in record.arrays.items():
+        found = sizes.get(item.path)
+        if found != item.bytes:
+            wrong[name] = "is missing" if found is None else f"has {found} bytes, not {item.bytes}"
+    return wrong
+
+
+def damage(place: Place, name: str, shard: int, rows: range, what: str) -> str:
+    """The sentence for a damaged object."""
+    return (
+        f"{place}: array {name}, shard {shard} (rows {rows.start} to {rows.stop - 1}) {what}; "
+        f"run: e2kd verify --repair {place}"
+    )
+
+
+def incomplete(place: Place, done: int, total: int) -> str:
+    return f"{place} is not finished: {done} of {total} shards are committed; {MEND}"
