@@ -60,9 +60,15 @@ class Float16Codec(StoredNumbers):
 
     def map_scale(self, maps: np.ndarray) -> np.ndarray:
         largest = _largest(maps)
+        if not np.isfinite(largest).all():
+            return largest
         _, exponent = np.frexp(largest)
         scale = np.ldexp(np.float32(1), exponent - 1)
-        return np.where(largest > 0, np.where(np.isfinite(largest), scale, largest), 1).astype(np.float32)
+        rounds_up = ((largest / scale).astype(np.float16) >= 2) & (scale < 2.0**127)
+        scale = scale * np.where(
+            rounds_up, np.float32(2), np.float32(1)
+        )  # so that what is decoded encodes the same
+        return np.where(largest > 0, scale, 1).astype(np.float32)
 
 
 class Float32Codec(StoredNumbers):

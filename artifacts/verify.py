@@ -22,7 +22,7 @@ from artifacts.store import TeacherStore, load_store
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong; rows are (first, last)."""
+    """One thing that is wrong; rows are (first, last). `mend` is empty where `what` says it."""
 
     what: str
     mend: str
@@ -37,7 +37,7 @@ class Problem:
             f"rows {self.rows[0]}-{self.rows[1]}" if self.rows else "",
         ]
         place = ", ".join(part for part in where if part)
-        return f"{place}: {self.what}; {self.mend}" if place else f"{self.what}; {self.mend}"
+        return "; ".join(filter(None, [f"{place}: {self.what}" if place else self.what, self.mend]))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def verify_store(
         store = load_store(where)
         beside = open_images(images) if images is not None else None
     except E2kdError as error:
-        return VerifyReport(where, 0, (Problem(str(error), "see there"),))
+        return VerifyReport(where, 0, (Problem(str(error), ""),))
     problems = [*_changed_records(store)]
     if beside:
         problems += _alignment(store, beside)
@@ -86,7 +86,7 @@ def verify_images(url: Url, *, quick: bool = False, progress: Advance | None = N
     try:
         images = load_images(where)
     except E2kdError as error:
-        return VerifyReport(where, 0, (Problem(str(error), "see there"),))
+        return VerifyReport(where, 0, (Problem(str(error), ""),))
     problems: list[Problem] = []
     wrong = wrong_tars(images)
     for shard in range(len(images.shards)):
@@ -169,7 +169,7 @@ def _shard_problems(
                 Problem("its rows are other samples than the image set's", mend, record.shard, None, rows)
             )
     except ImageSetError as error:
-        found.append(Problem(str(error), "see there", record.shard, None, rows))
+        found.append(Problem(str(error), "", record.shard, None, rows))
     return found
 
 

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
@@ -16,7 +17,7 @@ import numpy as np
 
 from artifacts.arrays import ArrayPlan, array_plans, checksum, compress, group_metadata, join
 from artifacts.codecs import encode_logits, encode_maps, get_codec
-from artifacts.errors import DataError, IncompleteStore, StoreError
+from artifacts.errors import DamagedStore, DataError, IncompleteStore, StoreError
 from artifacts.manifest import Manifest, ManifestDraft, ObjectRecord, ShardRecord
 from artifacts.places import Place, Url, place
 from artifacts.records import check_same, commit_name, incomplete, read_record, write_record, wrong_sizes
@@ -96,8 +97,13 @@ class StoreWriter:
     def _records(self) -> dict[int, ShardRecord]:
         sizes = self.place.sizes()
         names = sorted(name for name in sizes if name.startswith("commits/") and name.endswith(".json"))
-        records = [read_record(self.place, name, ShardRecord) for name in names]
-        return {record.shard: record for record in records if not wrong_sizes(record, sizes)}
+        records = {}
+        for name in names:
+            with suppress(DamagedStore):  # it is computed again
+                record = read_record(self.place, name, ShardRecord)
+                if not wrong_sizes(record, sizes):
+                    records[record.shard] = record
+        return records
 
 
 class ShardStream:

@@ -1,67 +1,223 @@
-"""`e2kd inspect` and `e2kd verify`: what a store or an image set holds, and whether it is true."""
+"""`e2kd inspect`, `verify`, `export` and `import`: what a store or an image set holds, and whether it is true."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from artifacts import (
+    ConfigError,
+    E2kdError,
     ImageSet,
-    ImageSetError,
     StoreError,
     TeacherStore,
+    VerifyReport,
     open_images,
     open_store,
     verify_images,
     verify_store,
 )
+from artifacts.images import load_images
+from artifacts.places import LocalPlace, Place, place
+from artifacts.store import load_store
 from cli.console import progress
 
+if TYPE_CHECKING:
+    from pipeline.config import Experiment
+    from pipeline.layout import Layout
 
-def describe(path: Path) -> None:
+
+def describe(url: str) -> None:
     """Print a summary of a teacher store or an image set."""
-    lines = _about_images(open_images(path)) if _is_images(path) else _about_store(open_store(path))
+    where = place(url)
+    lines = _about_images(open_images(where)) if _is_images(where) else _about_store(open_store(where))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
 
 
-def check(path: Path, quick: bool) -> int:
-    """Verify and print every problem; 0 when there is none, 3 otherwise."""
-    if not path.exists():
+def portray(url: str, row: int | None, key: str | None, images_url: str | None, png: Path) -> None:
+    """Draw one row of a store."""
+    from pipeline.portrait import draw_row
+
+    store, images = open_store(url), _images_of(place(url), images_url)
+    if (row is None) == (key is None):
+        raise ConfigError("--png draws one row: give --row or --key")
+    if key is not None:
+        keys = images.keys
+        if key not in keys:
+            raise ConfigError(f"{images.place} has no sample {key}; keys look like {keys[0]}")
+        row = keys.index(key)
+    assert row is not None
+    if not 0 <= row < len(store):
+        raise ConfigError(f"row {row} is not in {store.place}, which has rows 0 to {len(store) - 1}")
+    for name, logit in draw_row(store, images, row, png):
+        print(f"{logit:9.3f}  {name}")
+    print(f"drawn: {png}")
+
+
+def check(
+    url: str,
+    *,
+    quick: bool,
+    images_url: str | None,
+    against_teacher: str | None,
+    repair: bool,
+    config: Path | None,
+    overrides: Sequence[str],
+) -> int:
+    """Verify, print every problem, mend and ask the teacher where wanted; 0 when all is well in the end, else 3."""
+    where = place(url)
+    is_images = _is_images(where)
+    if not is_images and not where.exists("draft.json") and not where.exists("manifest.json"):
         raise StoreError(
-            f"there is nothing at {path}; give a store (out/NAME/stores/STORE/SPLIT) or an image set"
+            f"there is nothing at {where}; give a store (out/NAME/stores/STORE/SPLIT) or an image set"
         )
-    is_images = _is_images(path)
-    beside = None if is_images else _images_beside(path)
-    total = _shards(path, is_images)
-    with progress().bar(f"verify {path.name}", total, "shard") as advance:
+    report = _verified(where, is_images, quick, images_url)
+    if repair and not report.ok:
+        _repair(where, report, *_experiment(where, config, overrides))
+        report = _verified(where, is_images, quick, images_url)
+    if against_teacher is None or is_images or not report.ok:
+        return 0 if report.ok else 3
+    return _ask_again(where, against_teacher, *_experiment(where, config, overrides))
+
+
+def export(url: str, destination: str, images_url: str | None) -> None:
+    """Write a store and its images as plain WebDataset shards."""
+    from artifacts.exchange import export_store
+
+    store, images = open_store(url), _images_of(place(url), images_url)
+    with progress().bar("export", len(images), "image") as advance:
+        export_store(store, images, destination, progress=advance)
+    print(f"exported: {destination}")
+
+
+def import_(source: str, images_url: str, store_url: str) -> None:
+    """Make an image set and a store of exported shards."""
+    from artifacts.exchange import import_store
+
+    store = import_store(source, images_url, store_url)
+    print(f"imported: {len(store)} rows to {images_url} and {store_url}")
+
+
+def _verified(where: Place, is_images: bool, quick: bool, images_url: str | None) -> VerifyReport:
+    where = place(str(where))  # afresh: what was open before a repair is not what is there now
+    beside = None if is_images else images_url or _images_beside(where)
+    with progress().bar(
+        f"verify {str(where).rsplit('/', 1)[-1]}", _shards(where, is_images), "shard"
+    ) as advance:
         if is_images:
-            report = verify_images(path, quick=quick, progress=advance)
+            report = verify_images(where, quick=quick, progress=advance)
         else:
-            report = verify_store(path, beside, quick=quick, progress=advance)
+            report = verify_store(where, beside, quick=quick, progress=advance)
     for problem in report.problems:
-        print(f"  {problem}")
+        print(f"  {dataclasses.replace(problem, mend='')}")
     checked = [f"{report.shards} shards", "sizes only" if quick else "every byte"]
     if not is_images:
         checked.append(f"rows against {beside}" if beside else "no image set beside it to compare rows with")
-    print(f"{path}: {'ok' if report.ok else f'{len(report.problems)} problems'} ({', '.join(checked)})")
-    return 0 if report.ok else 3
+    print(f"{where}: {'ok' if report.ok else f'{len(report.problems)} problems'} ({', '.join(checked)})")
+    for mend in dict.fromkeys(problem.mend for problem in report.problems if problem.mend):
+        print(mend)
+    return report
 
 
-def _is_images(path: Path) -> bool:
-    return (path / "packing.json").exists() or (path / "index.json").exists()
+def _repair(where: Place, report: VerifyReport, experiment: Experiment, layout: Layout) -> None:
+    from pipeline.launch import start
+    from pipeline.repair import experiment_store, repair_images, repair_store
+
+    split, is_images = experiment_store(experiment, layout, where)
+    if is_images:
+        repair_images(experiment, layout, split, report.problems, progress())
+    else:
+        repair_store(experiment, layout, split, report.problems, start(), progress())
 
 
-def _images_beside(path: Path) -> Path | None:
-    """The image set of a store in an experiment's folder: out/X/stores/NAME/SPLIT -> out/X/images/SPLIT."""
-    images = path.resolve().parents[2] / "images" / path.name if len(path.resolve().parents) > 2 else None
-    return images if images is not None and images.exists() else None
+def _ask_again(where: Place, share: str, experiment: Experiment, layout: Layout) -> int:
+    from pipeline.audit import audit, random_rows
+    from pipeline.launch import start
+    from pipeline.precompute import open_matching_store
+    from pipeline.repair import experiment_store
+    from pipeline.teacher import build_explainer, load_teacher
 
-
-def _shards(path: Path, is_images: bool) -> int:
+    split, _ = experiment_store(experiment, layout, where)
+    images, fabric = open_images(layout.images(split)), start()
+    store = open_matching_store(experiment, layout, split, images)
     try:
-        return len(open_images(path).shards) if is_images else open_store(path).manifest.shape.shards
-    except (ImageSetError, StoreError):
+        rows = random_rows(len(store), share)
+    except ValueError:
+        raise ConfigError(
+            f"--against-teacher {share}: give a share like 1% or a number of rows like 200"
+        ) from None
+    explainer = build_explainer(experiment.explain, load_teacher(experiment, layout, images)).to(
+        fabric.device
+    )
+    with progress().bar("ask the teacher", len(rows), "image") as advance:
+        found = audit(
+            explainer,
+            images,
+            store,
+            rows,
+            batch_size=experiment.store.batch_size,
+            device=fabric.device,
+            advance=advance,
+        )
+    print(found)
+    return 3 if found.deviating else 0
+
+
+def _experiment(where: Place, config: Path | None, overrides: Sequence[str]) -> tuple[Experiment, Layout]:
+    """The experiment that the place belongs to: `config`, or out/X/config.yaml of out/X/stores/NAME/SPLIT."""
+    from pipeline.config import load
+    from pipeline.layout import Layout
+
+    if config is None:
+        root = _root(where)
+        if root is None or not (root / "config.yaml").exists():
+            raise ConfigError(
+                f"the teacher of {where} is not known: its experiment's config.yaml is not there; give --config CONFIG"
+            )
+        config = root / "config.yaml"
+    experiment = load(config, overrides)
+    root = config.parent if config.name == "config.yaml" else Path("out") / config.stem
+    return experiment, Layout(root, experiment.artifacts)
+
+
+def _root(where: Place) -> Path | None:
+    """out/X of out/X/stores/NAME/SPLIT and out/X/images/SPLIT."""
+    if not isinstance(where, LocalPlace):
+        return None
+    parents = where.path.parents
+    depth = 2 if len(parents) > 2 and parents[1].name == "stores" else 1
+    return parents[depth] if len(parents) > depth else None
+
+
+def _is_images(where: Place) -> bool:
+    return where.exists("packing.json") or where.exists("index.json")
+
+
+def _images_beside(where: Place) -> Place | None:
+    """The image set of a store: X/stores/NAME/SPLIT -> X/images/SPLIT."""
+    parts = str(where).rstrip("/").split("/")
+    if len(parts) < 3 or parts[-3] != "stores":
+        return None
+    images = place("/".join([*parts[:-3], "images", parts[-1]]))
+    return images if images.exists("index.json") else None
+
+
+def _images_of(where: Place, images_url: str | None) -> ImageSet:
+    found = images_url or _images_beside(where)
+    if not found:
+        raise StoreError(f"no image set beside {where}; say where it is with --images")
+    return open_images(found)
+
+
+def _shards(where: Place, is_images: bool) -> int:
+    try:
+        return len(load_images(where).shards) if is_images else load_store(where).manifest.shape.shards
+    except E2kdError:
         return 0  # verify says why
 
 
@@ -108,8 +264,25 @@ def _about_store(store: TeacherStore) -> list[tuple[str, str]]:
     for name, size in sizes.items():
         ratio = f", {raw[name] / size:.1f}x smaller than float32" if name in raw else ""
         lines.append((f"  {name}", f"{_bytes(size)}, {_bytes(size / rows)} per image{ratio}"))
-    total = sum(sizes.values())
-    return [*lines, ("size", f"{_bytes(total)}, {_bytes(total / rows)} per image")]
+    total, everything = sum(sizes.values()), sum(store.place.sizes().values())
+    lines += [
+        ("size", f"{_bytes(everything)}, {_bytes(everything / rows)} per image"),
+        (
+            "overhead",
+            f"{(everything - total) / everything:.2%} of it is not payload (records, manifest, metadata)",
+        ),
+    ]
+    return [*lines, *_measured(store)]
+
+
+def _measured(store: TeacherStore) -> list[tuple[str, str]]:
+    """What precompute measured, which lies beside the stores of the splits."""
+    beside = place(str(store.place).rstrip("/").rsplit("/", 1)[0])
+    lines = []
+    for name, label in (("codec-cost.json", "codec cost"), ("freezing-gap.json", "freezing gap")):
+        if beside.exists(name):
+            lines.append((label, json.dumps(json.loads(beside.read(name)))))
+    return lines
 
 
 def _bytes(size: float) -> str:

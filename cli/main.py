@@ -41,6 +41,10 @@ SetOpt = Annotated[
 ]
 OutOpt = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="default: out/<config's name>")]
 DryOpt = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and stop")]
+StoreArg = Annotated[
+    str, typer.Argument(metavar="STORE", help="a teacher store or image set: a folder or URL")
+]
+ImagesOpt = Annotated[str | None, typer.Option(metavar="URL", help="default: the image set beside the store")]
 
 
 @app.command(epilog="Example: e2kd pack configs/photos.yaml --set data.root=~/photos")
@@ -132,23 +136,84 @@ def report(
     _report(_open(config, set_, out, dry_run))
 
 
-@app.command(epilog="Example: e2kd inspect out/toybirds/stores/gradcam-centred/train")
-def inspect(store: Annotated[Path, typer.Argument(help="a teacher store or a packed image set")]) -> None:
-    """What a store or an image set holds: its origin, arrays, sizes and bytes per image."""
-    from cli.inspection import describe
-
-    describe(store)
-
-
-@app.command(epilog="Example: e2kd verify out/toybirds/stores/gradcam-centred/train")
-def verify(
-    store: Annotated[Path, typer.Argument(help="a teacher store or a packed image set")],
-    quick: Annotated[bool, typer.Option(help="sizes only")] = False,
+@app.command(epilog="Example: e2kd inspect out/toybirds/stores/gradcam-centred/train --row 7 --png row.png")
+def inspect(
+    store: StoreArg,
+    row: Annotated[int | None, typer.Option(help="draw this row; with --png")] = None,
+    key: Annotated[str | None, typer.Option(help="draw this sample; with --png")] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="image, map and highest logits of a row")
+    ] = None,
+    images: ImagesOpt = None,
 ) -> None:
-    """Check every byte of a store: sizes, checksums, values, and that its rows are the image set's rows."""
+    """What a store or an image set holds: its origin, arrays, sizes and bytes per image; or one row as a picture."""
+    from cli.inspection import describe, portray
+
+    if png is None and row is None and key is None:
+        describe(store)
+    else:
+        portray(store, row, key, images, png or Path(f"{key if row is None else f'row-{row}'}.png"))
+
+
+@app.command(epilog="Example: e2kd verify out/toybirds/stores/gradcam-centred/train --against-teacher 1%")
+def verify(
+    store: StoreArg,
+    quick: Annotated[bool, typer.Option("--quick", help="sizes only")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="compute (or pack) the damaged shards again")
+    ] = False,
+    against_teacher: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="ask the teacher again for 1% or for 200 random rows")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="its experiment; default: the folder's config.yaml")
+    ] = None,
+    set_: SetOpt = None,
+    images: ImagesOpt = None,
+) -> None:
+    """Check every byte of a store: sizes, checksums, values, and that its rows are the image set's rows.
+
+    Exit code 3 where something is wrong and was not repaired.
+    """
     from cli.inspection import check
 
-    raise typer.Exit(check(store, quick))
+    raise typer.Exit(
+        check(
+            store,
+            quick=quick,
+            images_url=images,
+            against_teacher=against_teacher,
+            repair=repair,
+            config=config,
+            overrides=set_ or (),
+        )
+    )
+
+
+@app.command(epilog="Example: e2kd export out/toybirds/stores/gradcam-centred/train toybirds-train")
+def export(
+    store: StoreArg,
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="an empty folder or URL")],
+    images: ImagesOpt = None,
+) -> None:
+    """Write a store with its images as plain WebDataset shards (.png, .json, .logits.npy, .map.npy, .class.json)."""
+    from cli.inspection import export as run
+
+    run(store, destination, images)
+
+
+@app.command(
+    "import", epilog="Example: e2kd import toybirds-train new/images/train new/stores/gradcam-centred/train"
+)
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="what `e2kd export` wrote")],
+    images: Annotated[str, typer.Argument(help="where the image set goes")],
+    store: Annotated[str, typer.Argument(help="where the store goes")],
+) -> None:
+    """Make an image set and a teacher store of exported shards."""
+    from cli.inspection import import_ as run
+
+    run(source, images, store)
 
 
 @app.command(epilog="Example: e2kd doctor")

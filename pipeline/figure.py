@@ -18,6 +18,7 @@ from pipeline.config import Experiment
 from pipeline.data.loader import Batch, PairedRows
 from pipeline.distill import load_student
 from pipeline.layout import Layout
+from pipeline.overlay import overlay
 from pipeline.precompute import open_matching_store
 from pipeline.run import Run
 
@@ -105,7 +106,7 @@ def _draw_block(axes: np.ndarray, split: str, block: dict[str, Any]) -> None:
         axes[row, 0].set_ylabel(split if row == 0 else "", fontsize=9)
         label = int(batch.labels[row])
         for axis, (maps, predicted) in zip(axes[row, 1:], block["answers"].values(), strict=True):
-            _overlay(axis, image, maps[row])
+            overlay(axis, image, maps[row])
             if label >= 0:
                 right = int(predicted[row]) == label
                 colour = "tab:green" if right else "tab:red"
@@ -114,17 +115,6 @@ def _draw_block(axes: np.ndarray, split: str, block: dict[str, Any]) -> None:
                 )
                 for spine in axis.spines.values():
                     spine.set(color=colour, linewidth=2)
-
-
-def _overlay(axis: Any, image: np.ndarray, heat: Tensor) -> None:
-    """The map upsampled over the grey image; transparent where the map is zero."""
-    size = image.shape[:2]
-    full = nn.functional.interpolate(
-        heat[None, None].float(), size=size, mode="bilinear", align_corners=False
-    )[0, 0]
-    share = (full / full.max().clamp(min=1e-12)).clamp(0, 1).numpy()
-    axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255)
-    axis.imshow(share, cmap="inferno", alpha=0.75 * share, vmin=0, vmax=1)
 
 
 def _draw_curves(figure: Any, experiment: Experiment, layout: Layout) -> None:

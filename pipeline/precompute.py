@@ -51,7 +51,7 @@ def precompute(
     """
     teacher = load_teacher(experiment, layout, images)
     where = layout.store(experiment.store_name, split)
-    writer = StoreWriter(where, _draft(experiment, teacher, images))
+    writer = StoreWriter(where, draft_of(experiment, teacher, images))
     todo: list[int] = []
     if fabric.is_global_zero:
         writer.create()
@@ -147,11 +147,11 @@ def measure(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Pr
 def open_matching_store(experiment: Experiment, layout: Layout, split: str, images: ImageSet) -> TeacherStore:
     """The finished store of a split. Raises MismatchedStore unless it is of this config's teacher and images."""
     store = open_store(layout.store(experiment.store_name, split))
-    store.check_same(_draft(experiment, load_teacher(experiment, layout, images), images))
+    store.check_same(draft_of(experiment, load_teacher(experiment, layout, images), images))
     return store
 
 
-def _draft(experiment: Experiment, teacher: Classifier, images: ImageSet) -> ManifestDraft:
+def draft_of(experiment: Experiment, teacher: Classifier, images: ImageSet) -> ManifestDraft:
     """Everything that decides the numbers in the store."""
     height, width = map_size(teacher, images.size)
     return ManifestDraft(

@@ -1,0 +1,200 @@
+"""Stores as plain WebDataset shards, for anyone's pipeline, and back.
+
+    DEST/shard-000000.tar   per sample what the image set has (<key>.png|jpg|webp, <key>.json[, <key>.mask.png]) and
+                            <key>.logits.npy [C], <key>.map.npy [c,h,w], <key>.class.json (the explained class)
+    DEST/e2kd.json          where it comes from: the packed view and the store's manifest without its shards
+
+With several views or explained classes the arrays keep these dimensions: [V,C], [V,K,c,h,w], [[K classes] of each V].
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from artifacts.errors import MismatchedStore, StoreError
+from artifacts.images import ImageSet, open_images
+from artifacts.manifest import SCHEMA_VERSION, ManifestDraft
+from artifacts.packing import write_images
+from artifacts.places import Place, Url, place
+from artifacts.rows import TeacherRows
+from artifacts.sealed import NewerSchema, seal, unseal
+from artifacts.store import TeacherStore, open_store
+from artifacts.writer import StoreWriter
+
+ABOUT = "e2kd.json"
+_BATCH = 64
+
+
+def export_store(
+    store: TeacherStore, images: ImageSet, destination: Url, *, progress: Callable[[int], None] | None = None
+) -> None:
+    """Write the store's rows with their images as WebDataset shards; finished ones are left alone.
+
+    Values are those that `store.read` gives, as float16 where that is exact and else as float32. Raises MismatchedStore
+    where the images are not the store's or the destination holds something else.
+    """
+    from webdataset import TarWriter  # it imports torch
+
+    if store.manifest.images != images.fingerprint:
+        raise MismatchedStore(f"{store.place} was not made from the images in {images.place}")
+    where = place(destination)
+    about = seal(_about(store, images))
+    if not where.exists(ABOUT):
+        where.write(ABOUT, about)
+    elif where.read(ABOUT) != about:
+        raise MismatchedStore(f"{where} holds another export; give an empty folder")
+    for shard, info in enumerate(images.shards):
+        rows = images.shard_rows(shard)
+        if not where.exists(info.name):
+            with (
+                where.writing(info.name) as partial,
+                partial.open("r+b") as file,
+                TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False) as writer,
+            ):
+                for start in range(rows.start, rows.stop, _BATCH):
+                    part = range(start, min(start + _BATCH, rows.stop))
+                    answers = store.read(part)
+                    for position, row in enumerate(part):
+                        key = images.shard_keys(shard)[row - rows.start]
+                        writer.write({"__key__": key, **images.members(row), **_members(answers, position)})
+        if progress:
+            progress(len(rows))
+
+
+def import_store(
+    source: Url, images: Url, store: Url, *, progress: Callable[[int], None] | None = None
+) -> TeacherStore:
+    """Rebuild the image set and the store from exported shards, or continue where an interrupted import stopped.
+
+    Lossless at the codec's precision. Raises StoreError where the source is no export or its images were changed.
+    """
+    exported = _Export(place(source))
+    write_images(
+        images,
+        count=exported.draft.shape.rows,
+        get=exported.image_members,
+        view=exported.packed["view"],
+        classes=exported.packed["classes"],
+        source=exported.packed["source"],
+        image_format=exported.packed["format"],
+        rows_per_shard=exported.draft.shape.rows_per_shard,
+        progress=progress,
+    )
+    packed = open_images(images)
+    if packed.fingerprint != exported.draft.images:
+        raise StoreError(
+            f"the images in {exported.place} are not those that the teacher answered for; export again"
+        )
+    writer = StoreWriter(store, exported.draft)
+    writer.create()
+    done = writer.committed()
+    for shard in range(exported.draft.shape.shards):
+        if shard not in done:
+            writer.write_shard(
+                shard, exported.answers(shard), packed.keys_sha256(shard), packed.shard_keys(shard)
+            )
+    writer.finish()
+    return open_store(store)
+
+
+class _Export:
+    """The shards of an export, one in memory at a time."""
+
+    def __init__(self, where: Place) -> None:
+        self.place = where
+        try:
+            about = unseal(where.read(ABOUT), SCHEMA_VERSION)
+        except FileNotFoundError:
+            raise StoreError(
+                f"{where} is no export: it has no {ABOUT}; make one with: e2kd export STORE DEST"
+            ) from None
+        except NewerSchema as error:
+            raise StoreError(f"{where}/{ABOUT} has schema {error}; update e2kd") from None
+        except ValueError as error:
+            raise StoreError(f"{where}/{ABOUT} is damaged ({error}); export again") from None
+        self.packed: dict[str, Any] = about["packed"]
+        self.draft = ManifestDraft.model_validate(about["store"])
+        self._shard, self._samples = -1, list[tuple[str, dict[str, bytes]]]()
+
+    def image_members(self, row: int) -> tuple[str, dict[str, bytes]]:
+        shard, position = divmod(row, self.draft.shape.rows_per_shard)
+        key, members = self._read(shard)[position]
+        return key, {name: data for name, data in members.items() if name not in _ANSWERS}
+
+    def answers(self, shard: int) -> TeacherRows:
+        s, samples = self.draft.shape, self._read(shard)
+        n = len(samples)
+        logits = [_array(members["logits.npy"]) for _, members in samples]
+        maps = [_array(members["map.npy"]) for _, members in samples]
+        classes = [json.loads(members["class.json"]) for _, members in samples]
+        return TeacherRows(
+            np.stack(logits).astype(np.float32).reshape(n, s.views, s.classes),
+            np.array(classes, np.int64).reshape(n, s.views, s.explained),
+            np.stack(maps).astype(np.float32).reshape(n, s.views, s.explained, s.channels, s.height, s.width),
+        )
+
+    def _read(self, shard: int) -> list[tuple[str, dict[str, bytes]]]:
+        if shard != self._shard:
+            name, found = f"shard-{shard:06d}.tar", dict[str, dict[str, bytes]]()
+            try:
+                with tarfile.open(fileobj=io.BytesIO(self.place.read(name))) as archive:
+                    for member in archive:
+                        key, extension = member.name.split(".", 1)
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        found.setdefault(key, {})[extension] = file.read()
+            except (FileNotFoundError, tarfile.TarError) as error:
+                raise StoreError(f"{self.place}/{name} cannot be read ({error}); export again") from None
+            rows = self.draft.shape.shard_rows(shard)
+            lacking = [key for key, members in found.items() if not set(members) >= _ANSWERS]
+            if len(found) != len(rows) or lacking:
+                what = (
+                    f"{lacking[0]} lacks its answers" if lacking else f"{len(found)} samples, not {len(rows)}"
+                )
+                raise StoreError(f"{self.place}/{name} is damaged ({what}); export again")
+            self._shard, self._samples = shard, list(found.items())
+        return self._samples
+
+
+_ANSWERS = {"logits.npy", "map.npy", "class.json"}
+
+
+def _about(store: TeacherStore, images: ImageSet) -> dict[str, Any]:
+    draft = {name: getattr(store.manifest, name) for name in ManifestDraft.model_fields}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "packed": json.loads(images.place.read("packing.json")),
+        "store": ManifestDraft(**draft).model_dump(mode="json"),
+    }
+
+
+def _members(answers: TeacherRows, position: int) -> dict[str, bytes]:
+    single = answers.maps.shape[1] == answers.maps.shape[2] == 1
+    logits, maps, classes = (
+        part[position] for part in (answers.logits, answers.maps, answers.explained_class)
+    )
+    if single:
+        logits, maps = logits[0], maps[0, 0]
+    return {
+        "logits.npy": _npy(logits),
+        "map.npy": _npy(maps),
+        "class.json": json.dumps(int(classes[0, 0]) if single else classes.tolist()).encode(),
+    }
+
+
+def _npy(values: np.ndarray) -> bytes:
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    buffer = io.BytesIO()
+    np.save(buffer, half if np.array_equal(half.astype(np.float32), values) else values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _array(data: bytes) -> np.ndarray:
+    return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))

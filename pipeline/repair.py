@@ -1,0 +1,86 @@
+"""Mending what `verify` found: exactly the damaged shards are packed or computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_fabric import Fabric
+
+from artifacts import E2kdError, StoreError, open_images
+from artifacts.manifest import Manifest, ManifestDraft
+from artifacts.places import Place
+from artifacts.records import check_same, read_record, write_record
+from artifacts.rowlist import row_list
+from artifacts.verify import Problem
+from artifacts.writer import StoreWriter
+from pipeline.config import Experiment
+from pipeline.layout import Layout
+from pipeline.pack import pack_split
+from pipeline.precompute import draft_of, precompute
+from pipeline.progress import Progress
+from pipeline.teacher import load_teacher
+
+
+def repair_images(
+    experiment: Experiment, layout: Layout, split: str, problems: Sequence[Problem], progress: Progress
+) -> None:
+    """Pack the tars again that `problems` name; the others are kept."""
+    where = layout.images(split)
+    where.remove("index.json")
+    for tar in {problem.array for problem in problems if problem.shard is not None and problem.array}:
+        where.remove(row_list(tar))
+        where.remove(tar)
+    pack_split(experiment, layout, split, progress)
+
+
+def repair_store(
+    experiment: Experiment,
+    layout: Layout,
+    split: str,
+    problems: Sequence[Problem],
+    fabric: Fabric,
+    progress: Progress,
+) -> None:
+    """Compute the shards again that `problems` name, and write the records that cannot be read.
+
+    Raises MismatchedStore where the store is not the one that the experiment's config asks for.
+    """
+    images = open_images(layout.images(split))
+    draft = draft_of(experiment, load_teacher(experiment, layout, images), images)
+    writer = StoreWriter(layout.store(experiment.store_name, split), draft)
+    for name, model in (("manifest.json", Manifest), ("draft.json", ManifestDraft)):
+        _keep_if_sound(writer.place, name, model, draft)
+    write_record(writer.place, "draft.json", draft)
+    writer.write_metadata()
+    for shard in {problem.shard for problem in problems if problem.shard is not None}:
+        writer.uncommit(shard)
+    precompute(experiment, layout, split, images, fabric, progress)
+
+
+def experiment_store(experiment: Experiment, layout: Layout, where: Place) -> tuple[str, bool]:
+    """(split, whether it is an image set) of a place of this experiment. Raises StoreError where it is none of its."""
+    for split in experiment.packed_splits:
+        if _same(where, layout.images(split)):
+            return split, True
+        if _same(where, layout.store(experiment.store_name, split)):
+            return split, False
+    raise StoreError(
+        f"{where} is none of the experiment's image sets or stores (its store is "
+        f"{layout.stores(experiment.store_name)}); give its own config with --config"
+    )
+
+
+def _same(a: Place, b: Place) -> bool:
+    return str(a).rstrip("/") == str(b).rstrip("/")
+
+
+def _keep_if_sound(where: Place, name: str, model: type[ManifestDraft], draft: ManifestDraft) -> None:
+    """Remove a record that is damaged; raise MismatchedStore if it is sound and about something else."""
+    try:
+        found = read_record(where, name, model)
+    except FileNotFoundError:
+        return
+    except E2kdError:
+        where.remove(name)
+        return
+    check_same(where, found, draft)
