@@ -45,15 +45,27 @@ class TeacherStore:
 
     def read(self, rows: Sequence[int] | np.ndarray) -> TeacherRows:
         """Rows in any order. Raises DamagedStore, naming array, shard and rows, where bytes were changed."""
-        index = np.asarray(rows, np.int64)
-        if not ((index >= 0) & (index < len(self))).all():
-            raise IndexError(f"rows {index.min()} to {index.max()} of {len(self)}")
+        index = self._index(rows)
         logit_scale = self._take("logit_scale", index) if "logit_scale" in self.plans else None
         return TeacherRows(
             decode_logits(self._logits, self._take("logits", index), logit_scale),
             self._take("explained_class", index).astype(np.int64),
-            self._read_maps(index),
+            self.read_maps(index),
         )
+
+    def read_maps(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Only the maps: f32 [B,V,K,c,h,w]."""
+        index = self._index(rows)
+        plan, scale = self.plans["maps"], self._take("map_scale", index)
+        if plan.chunk_rows > 1:
+            return decode_maps(self._maps, self._take("maps", index), scale)
+        maps = np.empty(
+            (len(index), *plan.tail), np.float32
+        )  # decoded in place: a copy costs more than decoding
+        for position, _, chunk in self._chunks_of("maps", index):
+            here = slice(position, position + 1)
+            decode_maps(self._maps, chunk, scale[here], out=maps[here])
+        return maps
 
     def check_same(self, draft: ManifestDraft) -> None:
         """Raises MismatchedStore, with the differing fields side by side, unless the store is what `draft` asks for."""
@@ -99,16 +111,11 @@ class TeacherStore:
             taken[position] = chunk[row % plan.chunk_rows]
         return taken
 
-    def _read_maps(self, rows: np.ndarray) -> np.ndarray:
-        """f32. Big maps are decoded one by one into the result: copying a batch of them costs more than decoding it."""
-        plan, scale = self.plans["maps"], self._take("map_scale", rows)
-        if plan.chunk_rows > 1:
-            return decode_maps(self._maps, self._take("maps", rows), scale)
-        maps = np.empty((len(rows), *plan.tail), np.float32)
-        for position, _, chunk in self._chunks_of("maps", rows):
-            here = slice(position, position + 1)
-            decode_maps(self._maps, chunk, scale[here], out=maps[here])
-        return maps
+    def _index(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        index = np.asarray(rows, np.int64)
+        if not ((index >= 0) & (index < len(self))).all():
+            raise IndexError(f"rows {index.min()} to {index.max()} of {len(self)}")
+        return index
 
     def _chunks_of(self, name: str, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """(position in `rows`, row, its chunk), in the order of the rows on disk; a chunk is read once."""

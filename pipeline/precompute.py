@@ -28,7 +28,7 @@ from pipeline.gap import tell as tell_gap
 from pipeline.launch import Part
 from pipeline.layout import CODEC_COST, FREEZING_GAP, Layout, teacher_scores
 from pipeline.models import Classifier, weights_sha256
-from pipeline.progress import Progress
+from pipeline.progress import Advance, Progress
 from pipeline.teacher import build_explainer, class_count, load_teacher, map_size
 
 WHOLE = Part()
@@ -61,7 +61,10 @@ def precompute(
     if todo:
         explainer = build_explainer(experiment.explain, teacher).to(fabric.device)
         mine = todo[fabric.global_rank :: fabric.world_size]
-        _answer(explainer, images, mine, writer, experiment.store.batch_size, fabric.device, split, progress)
+        total = sum(len(images.shard_rows(shard)) for shard in mine)
+        with progress.bar(f"precompute {split}", total, "image") as advance:
+            stream, batch_size = ShardStream(writer), experiment.store.batch_size
+            answer_shards(explainer, images, mine, stream, batch_size, fabric.device, advance)
         fabric.barrier()
     complete = False
     if fabric.is_global_zero:
@@ -81,15 +84,14 @@ def precompute(
     return store
 
 
-def _answer(
+def answer_shards(
     explainer: nn.Module,
     images: ImageSet,
     shards: Sequence[int],
-    writer: StoreWriter,
+    stream: ShardStream,
     batch_size: int,
     device: torch.device,
-    split: str,
-    progress: Progress,
+    advance: Advance,
 ) -> None:
     """Compute and commit some shards. Reading ahead, encoding and writing overlap with the teacher."""
     batches = [
@@ -98,12 +100,7 @@ def _answer(
         for rows in [images.shard_rows(shard)]
         for start in range(rows.start, rows.stop, batch_size)
     ]
-    total = sum(len(rows) for _, rows in batches)
-    with (
-        progress.bar(f"precompute {split}", total, "image") as advance,
-        ShardStream(writer) as stream,
-        ThreadPoolExecutor(os.cpu_count(), "read") as readers,
-    ):
+    with stream, ThreadPoolExecutor(os.cpu_count(), "read") as readers:
         for (shard, rows), pixels in zip(batches, _read_ahead(images, batches, readers), strict=True):
             if rows.start == images.shard_rows(shard).start:
                 stream.begin(shard, images.keys_sha256(shard), images.shard_keys(shard))
