@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from PIL import Image
 
 from artifacts.errors import ImageSetError
 from artifacts.places import Place, Url, place
-from artifacts.rowlist import Label, Row, read_row_list, row_list
+from artifacts.rowlist import Label, RowList, read_row_list, row_list
 from artifacts.sealed import NewerSchema, unseal
 
 SCHEMA_VERSION = 1
@@ -76,29 +75,29 @@ class ImageSet:
             ShardInfo(**shard, start=start) for shard, start in zip(index["shards"], starts, strict=True)
         ]
         self.fingerprint = _fingerprint(index)
-        self._rows: dict[int, tuple[Row, ...]] = {}
+        self._lists: dict[int, RowList] = {}
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
     @property
     def keys(self) -> list[str]:
-        return [row.key for row in self._all_rows()]
+        return [key for rows in self._all_lists() for key in rows.keys]
 
     @property
     def labels(self) -> list[Label]:
-        return [row.label for row in self._all_rows()]
+        return [label for rows in self._all_lists() for label in rows.labels]
 
     @property
     def groups(self) -> list[int | None]:
-        return [row.group for row in self._all_rows()]
+        return [group for rows in self._all_lists() for group in rows.groups]
 
     def shard_rows(self, shard: int) -> range:
         info = self.shards[shard]
         return range(info.start, info.start + info.rows)
 
     def shard_keys(self, shard: int) -> list[str]:
-        return [row.key for row in self._shard_list(shard)]
+        return list(self._list(shard).keys)
 
     def keys_sha256(self, shard: int) -> str:
         """Hash of the shard's keys in row order; a store's commit record must name the same."""
@@ -108,15 +107,15 @@ class ImageSet:
         """Raises IndexError past the end, ImageSetError where the bytes cannot be decoded."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        entry, about = self._row(row), self._about(row)
+        (rows, position), about = self._find(row), self._about(row)
         boxes = about.get("boxes")
         return Sample(
-            key=entry.key,
+            key=rows.keys[position],
             image=self._pixels(row),
-            label=entry.label,
-            group=entry.group,
+            label=rows.labels[position],
+            group=rows.groups[position],
             boxes=None if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 5),
-            mask=self._decoded(row, "mask.png", "L") if "mask.png" in entry.members else None,
+            mask=self._decoded(row, "mask.png", "L") if "mask.png" in rows.extensions(position) else None,
             source=about.get("source"),
         )
 
@@ -124,21 +123,25 @@ class ImageSet:
         """Only the pixels of some rows: u8 [B,3,S,S]."""
         return np.stack([self._pixels(int(row)) for row in rows])
 
-    def _shard_list(self, shard: int) -> tuple[Row, ...]:
-        if shard not in self._rows:
+    def _list(self, shard: int) -> RowList:
+        if shard not in self._lists:
             info = self.shards[shard]
-            self._rows[shard] = read_row_list(self.place, info.name, info.rows_sha256).rows
-        return self._rows[shard]
+            self._lists[shard] = read_row_list(self.place, info.name, info.rows_sha256)
+        return self._lists[shard]
 
-    def _all_rows(self) -> Iterator[Row]:
-        return itertools.chain.from_iterable(map(self._shard_list, range(len(self.shards))))
+    def _all_lists(self) -> Iterator[RowList]:
+        return map(self._list, range(len(self.shards)))
 
-    def _row(self, row: int) -> Row:
+    def _find(self, row: int) -> tuple[RowList, int]:
         shard, position = divmod(row, self.rows_per_shard)
-        return self._shard_list(shard)[position]
+        return self._list(shard), position
+
+    def _extensions(self, row: int) -> list[str]:
+        rows, position = self._find(row)
+        return rows.extensions(position)
 
     def _pixels(self, row: int) -> np.ndarray:
-        extension = next(name for name in ("png", "jpg", "webp") if name in self._row(row).members)
+        extension = next(name for name in self._extensions(row) if name in ("png", "jpg", "webp"))
         return np.ascontiguousarray(self._decoded(row, extension, "RGB").transpose(2, 0, 1))
 
     def _decoded(self, row: int, extension: str, mode: str) -> np.ndarray:
@@ -162,7 +165,7 @@ class ImageSet:
 
     def members(self, row: int) -> dict[str, bytes]:
         """The packed files of a row by extension, as they are in the tar. Raises ImageSetError for changed bytes."""
-        return {extension: bytes(self._member(row, extension)) for extension in self._row(row).members}
+        return {extension: bytes(self._member(row, extension)) for extension in self._extensions(row)}
 
     def _damaged(self, row: int, what: object) -> ImageSetError:
         name = self.shards[row // self.rows_per_shard].name
@@ -174,7 +177,8 @@ class ImageSet:
     def _member(self, row: int, extension: str) -> Any:
         """bytes or memoryview. Raises ImageSetError where they are not those that were packed."""
         info = self.shards[row // self.rows_per_shard]
-        member = self._row(row).members[extension]
+        rows, position = self._find(row)
+        member = rows.member(position, extension)
         try:
             view = self.place.view(info.name, info.bytes, info.sha256)
         except FileNotFoundError:

@@ -63,8 +63,8 @@ def write_images(
             where.remove(row_list(tar))
             finished = _write_shard(where, tar, rows, get, image_format, seen, progress)
         else:
-            for row, entry in zip(rows, finished.rows, strict=True):
-                _claim(seen, entry.key, row, where)
+            for row, key in zip(rows, finished.keys, strict=True):
+                _claim(seen, key, row, where)
             if progress:
                 progress(len(rows))
         lists.append(finished)
@@ -141,7 +141,7 @@ def _finished(where: Place, tar: str, count: int) -> RowList | None:
         found = read_row_list(where, tar)
     except (FileNotFoundError, ImageSetError):
         return None
-    return found if len(found.rows) == count and where.size(tar) == found.bytes else None
+    return found if len(found.keys) == count and where.size(tar) == found.bytes else None
 
 
 def _members(sample: Sample, image_format: str) -> dict[str, bytes]:
@@ -174,7 +174,7 @@ def _index(plan: dict[str, Any], lists: Sequence[RowList]) -> dict[str, Any]:
     shards = [
         {
             "name": found.tar,
-            "rows": len(found.rows),
+            "rows": len(found.keys),
             "bytes": found.bytes,
             "sha256": found.sha256,
             "rows_sha256": found.own_sha256,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from artifacts.errors import ImageSetError
 from artifacts.places import Place
 
@@ -28,24 +30,27 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is known of a row without its tar. Members by extension: png|jpg|webp, json, mask.png."""
-
-    key: str
-    label: Label
-    group: int | None
-    members: dict[str, Member]
-
-
-@dataclass(frozen=True)
 class RowList:
-    """What <tar>.rows.json says: the tar's size and checksum, and its rows. `own_sha256` is that of the list itself."""
+    """What <tar>.rows.json says: the tar's size and checksum, and what is known of its rows without it.
+
+    `members`: by extension (png|jpg|webp, json, mask.png) i64 [rows,3] of offset, length and CRC-32; offset -1 where
+    the row has no such file. As arrays, because a big set has millions. `own_sha256` is that of the list itself.
+    """
 
     tar: str
     bytes: int
     sha256: str
-    rows: tuple[Row, ...]
     own_sha256: str
+    keys: tuple[str, ...]
+    labels: tuple[Label, ...]
+    groups: tuple[int | None, ...]
+    members: dict[str, np.ndarray]
+
+    def extensions(self, position: int) -> list[str]:
+        return [name for name, places in self.members.items() if places[position, 0] >= 0]
+
+    def member(self, position: int, extension: str) -> Member:
+        return Member(*self.members[extension][position].tolist())
 
 
 def row_list(tar: str) -> str:
@@ -78,16 +83,23 @@ def read_row_list(where: Place, tar: str, sha256: str | None = None) -> RowList:
         if sha256 not in (None, own):
             raise ValueError("sha256 differs")
         content = json.loads(data)
-        rows = tuple(
-            Row(
-                key=row["key"],
-                label=tuple(row["label"]) if isinstance(row["label"], list) else row["label"],
-                group=row["group"],
-                members={name: Member(*place) for name, place in row["members"].items()},
-            )
-            for row in content["rows"]
+        rows = content["rows"]
+        extensions = dict.fromkeys(name for row in rows for name in row["members"])
+        return RowList(
+            tar=tar,
+            bytes=int(content["tar"]["bytes"]),
+            sha256=str(content["tar"]["sha256"]),
+            own_sha256=own,
+            keys=tuple(row["key"] for row in rows),
+            labels=tuple(
+                tuple(row["label"]) if isinstance(row["label"], list) else row["label"] for row in rows
+            ),
+            groups=tuple(row["group"] for row in rows),
+            members={
+                name: np.array([Member(*row["members"].get(name, (-1, 0, 0))) for row in rows], np.int64)
+                for name in extensions
+            },
         )
-        return RowList(tar, int(content["tar"]["bytes"]), str(content["tar"]["sha256"]), rows, own)
     except (ValueError, KeyError, TypeError) as error:
         raise ImageSetError(
             f"{where}/{row_list(tar)} is damaged ({error}); run: e2kd verify --repair {where}"
