@@ -17,6 +17,7 @@ PACKAGES = (
     "webdataset",
     "lightning-fabric",
     "timm",
+    "bcos",
 )
 
 
@@ -45,7 +46,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed" + (" (only for e2kd[lite])" if package == "timm" else "")
+        return "not installed"
 
 
 def _run(name: str, check: Callable[[str], None], device: str) -> str | None:

@@ -121,10 +121,10 @@ class AugmentConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """A classifier: `toy/resnet`, `torchvision/NAME` or `timm/NAME`, and where its weights come from."""
+    """A classifier: `toy/resnet`, `torchvision/NAME`, `timm/NAME` or `bcos/NAME`, and where its weights come from."""
 
     model: str
-    width: Positive = Field(16, description="channels of the first block; toy models only")
+    width: Positive = Field(16, description="channels of the first block; toy/resnet and bcos/small only")
     weights: str | None = Field(
         None, description="a .safetensors or state-dict file, `lite0`, or null for random"
     )
@@ -145,6 +145,10 @@ class Schedule(Settings):
         0.05, description="share of the steps with linearly rising rate; then cosine to 0"
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    agc: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="adaptive gradient clipping: largest gradient norm per weight norm of a unit; B-cos: 0.01",
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     validate_every: Positive = Field(1, description="epochs between validations and checkpoints")
     keep: Literal["best", "last"] = Field("best", description="which epoch's weights are the result")
@@ -163,10 +167,11 @@ class GuideConfig(Settings):
 
 
 class TeachConfig(Schedule):
-    """How `e2kd teach` trains the teacher: cross-entropy on `split`, optionally guided."""
+    """How `e2kd teach` trains the teacher: on the labels of `split`, optionally guided."""
 
     split: str = "train"
     seed: int = 0
+    loss: Literal["ce", "bce"] = "ce"
     guide: GuideConfig | None = None
 
 
@@ -191,7 +196,9 @@ class StudentConfig(Schedule, ModelConfig):
     split: str = "train"
     rows: Positive | None = Field(None, description="use the first rows of the split only")
     shots: Positive | None = Field(None, description="use the first n images of each class only")
-    loss: Literal["ce", "kd"] = Field("kd", description="ce: labels; kd: the teacher's logits (Eq. 1)")
+    loss: Literal["ce", "bce", "kd"] = Field(
+        "kd", description="ce: labels; bce: labels, for B-cos; kd: the teacher's logits (Eq. 1)"
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="tau of Eq. 1")
     explanation_weight: NonNegative = Field(0.0, description="lambda of Eq. 2")
     mode: Literal["frozen", "online"] = Field(
@@ -210,7 +217,9 @@ class StudentConfig(Schedule, ModelConfig):
 class ExplainConfig(Settings):
     """What is explained and how; the same for teacher and student."""
 
-    explainer: Literal["gradcam"] = "gradcam"
+    explainer: Literal["auto", "gradcam", "bcos"] = Field(
+        "auto", description="auto: bcos (dynamic weights) for B-cos networks, gradcam for others"
+    )
     logit: Literal["raw", "centred"] = Field(
         "raw", description="raw: paper; centred: class logit minus mean logit"
     )
@@ -236,6 +245,11 @@ class EvaluateConfig(Settings):
     batch_size: Positive = 250
 
 
+def explained_by(model: str) -> str:
+    """The explainer of a model, by its family."""
+    return "bcos" if model.startswith("bcos/") else "gradcam"
+
+
 class Experiment(Settings):
     """One experiment: one config file, one folder `out/<name>/`."""
 
@@ -253,9 +267,28 @@ class Experiment(Settings):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="after")
+    def _comparable(self) -> Experiment:
+        for name, student in self.students.items():
+            if student.explanation_weight > 0 and explained_by(student.model) != explained_by(
+                self.teacher.model
+            ):
+                raise ValueError(
+                    f"student {name}: its explanations ({explained_by(student.model)}) cannot match the teacher's "
+                    f"({explained_by(self.teacher.model)}); set explanation_weight to 0, or use models of one kind"
+                )
+        return self
+
+    @property
+    def explainer(self) -> str:
+        """The teacher's."""
+        return (
+            explained_by(self.teacher.model) if self.explain.explainer == "auto" else self.explain.explainer
+        )
+
     @property
     def store_name(self) -> str:
-        return self.store.name or f"{self.explain.explainer}-{self.explain.logit}"
+        return self.store.name or f"{self.explainer}-{self.explain.logit}"
 
     @property
     def answered_splits(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -21,19 +20,19 @@ from pipeline.data.rows import select_rows
 from pipeline.evaluate import score, student_answers
 from pipeline.launch import reduced
 from pipeline.layout import Layout
-from pipeline.models import Classifier, build, load_weights
+from pipeline.models import Explainable, build, load_weights
 from pipeline.models.sync_norm import convert
 from pipeline.precompute import open_matching_store
 from pipeline.progress import Progress
 from pipeline.run import Run
-from pipeline.teacher import build_explainer, class_count, load_teacher, map_size
+from pipeline.teacher import build_explainer, class_count, load_teacher
 from pipeline.train import fit, kept_weights
 from pipeline.warp import resample
 
 
 @dataclass(frozen=True)
 class StudentStep:
-    """One training step's loss: L = L_KD + lambda * L_exp (paper Eq. 2), or cross-entropy on labels.
+    """One training step's loss: L = L_KD + lambda * L_exp (paper Eq. 2), or L_KD replaced by a loss on labels.
 
     `teacher` is the online explainer, or None for frozen targets (paper Sec. 3.3).
     """
@@ -48,7 +47,7 @@ class StudentStep:
         stored_maps = batch.teacher.maps if batch.teacher else None
         images, maps, _ = self.augment(batch.images, stored_maps, batch.rows, epoch)
         if not settings.needs_teacher:
-            return {"loss": F.cross_entropy(student(images).float(), batch.labels)}
+            return {"loss": losses.label_loss(settings.loss, student(images), batch.labels)}
         teacher = self._targets(batch, images, maps)
         if not settings.explanation_weight:
             return {"loss": self._logit_loss(student(images), teacher.logits, batch.labels)}
@@ -61,6 +60,7 @@ class StudentStep:
             "logit_loss": logit_loss,
             "explanation_loss": explanation_loss,
             "valid_maps": valid,
+            "map_norm": explained.maps.detach().flatten(1).norm(dim=1).mean(),
         }
 
     def _targets(self, batch: Batch, images: Tensor, maps: Tensor | None) -> Answers:
@@ -73,9 +73,9 @@ class StudentStep:
         return Answers(answer.logits, answer.classes, resample(answer.maps, self.augment.map_size))
 
     def _logit_loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        if self.settings.loss == "ce":
-            return F.cross_entropy(student.float(), labels)
-        return losses.kd_loss(student, teacher, self.settings.temperature)
+        if self.settings.loss == "kd":
+            return losses.kd_loss(student, teacher, self.settings.temperature)
+        return losses.label_loss(self.settings.loss, student, labels)
 
     def _share_of_valid(self, valid: Tensor) -> Tensor | float:
         """Makes the mean of the processes' means the mean over all valid samples of the global batch."""
@@ -188,9 +188,9 @@ def _scored_rows(
 
 def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStore, name: str) -> PairedRows:
     unlabelled = any(label is None for label in images.labels)
-    if unlabelled and (settings.loss == "ce" or settings.shots):
+    if unlabelled and (settings.loss != "kd" or settings.shots):
         raise ConfigError(
-            f"student {name} needs labels ({'loss: ce' if settings.loss == 'ce' else 'shots'}), "
+            f"student {name} needs labels ({f'loss: {settings.loss}' if settings.loss != 'kd' else 'shots'}), "
             f"but {images.place} has unlabelled images; use loss: kd without shots, or labelled data"
         )
     rows = select_rows(images.labels, settings.rows, settings.shots)
@@ -198,9 +198,9 @@ def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStor
     return PairedRows(images, store if frozen else None, rows=rows, cache_mib=settings.cache_mib)
 
 
-def _paired_augment(settings: StudentConfig, seed: int, images: ImageSet, net: Classifier) -> PairedAugment:
+def _paired_augment(settings: StudentConfig, seed: int, images: ImageSet, net: Explainable) -> PairedAugment:
     """Maps are compared at the student's own resolution, where a perfect student scores 1."""
-    return PairedAugment(settings.augment, seed=seed, keys=images.keys, map_size=map_size(net, images.size))
+    return PairedAugment(settings.augment, seed=seed, keys=images.keys, map_size=net.map_size(images.size))
 
 
 def _online_teacher(experiment: Experiment, layout: Layout, fabric: Fabric, images: ImageSet) -> nn.Module:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from pipeline import metrics
 from pipeline.data.loader import Batch, PairedRows
+from pipeline.explainers import heat
 from pipeline.launch import reduced
 from pipeline.warp import resample
 
 Answer = Callable[[Batch, Tensor], tuple[Tensor, Tensor]]
-"""(batch, images f32 [B,3,S,S]) -> (logits [B,C], maps [B,1,h,w] for the teacher's explained classes)."""
+"""(batch, images f32 [B,3,S,S]) -> (logits [B,C], maps [B,c,h,w] for the teacher's explained classes)."""
 
 
 def student_answers(explainer: nn.Module) -> Answer:
@@ -39,7 +40,8 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
     epg           share of the map's positive energy inside the object, at image size; a dead map counts 0;
                   only where the split has masks or boxes
     dead          share of all-zero maps. Read epg beside it: a metric that skips dead maps rewards collapse
-    map_cosine    cosine to the teacher's map of the same class, at the student's resolution; dead maps count 0
+    map_cosine    cosine to the teacher's map of the same class, at the student's resolution; dead maps count 0;
+                  only where both are explained alike
     """
     totals: dict[str, Tensor] = {}
     mine = data.rows[fabric.global_rank :: fabric.world_size]
@@ -57,16 +59,20 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
 @torch.no_grad()
 def _measure(answer: Answer, batch: Batch, labelled: bool) -> dict[str, Tensor]:
     """Per-sample values [B]."""
-    logits, maps = answer(batch, batch.images.float() / 255)
+    images = batch.images.float() / 255
+    logits, maps = answer(batch, images)
     values: dict[str, Tensor] = {"dead": metrics.dead(maps)}
     if labelled:
         values["accuracy"] = logits.argmax(1) == batch.labels
     if batch.teacher is not None:
         values["agreement"] = logits.argmax(1) == batch.teacher.logits.argmax(1)
         height, width = maps.shape[-2:]
-        values["map_cosine"] = metrics.map_cosine(maps, resample(batch.teacher.maps, (height, width)))
+        if maps.shape[1] == batch.teacher.maps.shape[1]:  # explained alike
+            values["map_cosine"] = metrics.map_cosine(maps, resample(batch.teacher.maps, (height, width)))
     if batch.masks is not None:
         size = batch.masks.shape[-2:]
-        full = nn.functional.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
+        full = nn.functional.interpolate(
+            heat(maps, images).float(), size=size, mode="bilinear", align_corners=False
+        )
         values["epg"] = metrics.epg(full, batch.masks > 0.5)
     return values

@@ -17,6 +17,7 @@ from artifacts import open_images
 from pipeline.config import Experiment
 from pipeline.data.loader import Batch, PairedRows
 from pipeline.distill import load_student
+from pipeline.explainers import heat
 from pipeline.layout import Layout
 from pipeline.overlay import overlay
 from pipeline.precompute import open_matching_store
@@ -64,7 +65,8 @@ def _examples(experiment: Experiment, layout: Layout, split: str, students: dict
     data = PairedRows(images, open_matching_store(experiment, layout, split, images))
     batch = data.read(_rows_by_class(images.labels))
     assert batch.teacher is not None
-    answers = {"teacher": (batch.teacher.maps[:, 0], batch.teacher.logits.argmax(1))}
+    seen = heat(batch.teacher.maps, batch.images.float() / 255)[:, 0]
+    answers = {"teacher": (seen, batch.teacher.logits.argmax(1))}
     for name, seed in students.items():
         answers[name] = _answer(load_student(experiment, layout, name, seed), batch)
     return {"batch": batch, "answers": answers}
@@ -87,8 +89,9 @@ def _rows_by_class(labels: list[Any]) -> np.ndarray:
 
 @torch.no_grad()
 def _answer(explainer: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    explained = explainer(batch.images.float() / 255, batch.teacher.classes if batch.teacher else None)
-    return explained.maps[:, 0], explained.logits.argmax(1)
+    images = batch.images.float() / 255
+    explained = explainer(images, batch.teacher.classes if batch.teacher else None)
+    return heat(explained.maps, images)[:, 0], explained.logits.argmax(1)
 
 
 def _draw_block(axes: np.ndarray, split: str, block: dict[str, Any]) -> None:

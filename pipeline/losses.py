@@ -23,6 +23,18 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def label_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Classification loss on labels int [B] of logits [B,C]: float32 scalar, mean over the batch.
+
+    `ce`: cross-entropy. `bce`: the binary cross-entropy of B-cos networks, target 1 for the label and 1/C for every
+    other class, mean over the classes too (Böhle et al. 2022).
+    """
+    if kind == "ce":
+        return F.cross_entropy(logits.float(), labels)
+    targets = torch.full_like(logits, 1 / logits.shape[1], dtype=torch.float32)
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.scatter(1, labels[:, None], 1.0))
+
+
 def multilabel_kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Sum over classes of the two-way KL of the sigmoids, clamped to [1e-6, 1 - 1e-6]; mean over the batch.
 

@@ -12,6 +12,7 @@ import numpy as np
 from torch import from_numpy
 
 from artifacts import ImageSet, TeacherStore
+from pipeline.explainers import heat
 from pipeline.overlay import overlay
 
 TOP = 5
@@ -28,7 +29,8 @@ def draw_row(store: TeacherStore, images: ImageSet, row: int, path: Path) -> lis
     pixels = sample.image.transpose(1, 2, 0)
     left.imshow(pixels)
     left.set_title(f"row {row}: {sample.key}, label {sample.label}", fontsize=9)
-    overlay(middle, pixels, from_numpy(answers.maps[0, 0, 0]).sum(0))
+    image = from_numpy(sample.image)[None].float() / 255
+    overlay(middle, pixels, heat(from_numpy(answers.maps[0, :1, 0]), image)[0, 0])
     middle.set_title(f"{store.manifest.explainer.name} of class {explained}", fontsize=9)
     for axis in (left, middle):
         axis.set_xticks([])

@@ -27,9 +27,9 @@ from pipeline.gap import freezing_gap
 from pipeline.gap import tell as tell_gap
 from pipeline.launch import Part
 from pipeline.layout import CODEC_COST, FREEZING_GAP, Layout, teacher_scores
-from pipeline.models import Classifier, weights_sha256
+from pipeline.models import Explainable, weights_sha256
 from pipeline.progress import Advance, Progress
-from pipeline.teacher import build_explainer, class_count, load_teacher, map_size
+from pipeline.teacher import build_explainer, class_count, load_teacher
 
 WHOLE = Part()
 
@@ -148,9 +148,9 @@ def open_matching_store(experiment: Experiment, layout: Layout, split: str, imag
     return store
 
 
-def draft_of(experiment: Experiment, teacher: Classifier, images: ImageSet) -> ManifestDraft:
+def draft_of(experiment: Experiment, teacher: Explainable, images: ImageSet) -> ManifestDraft:
     """Everything that decides the numbers in the store."""
-    height, width = map_size(teacher, images.size)
+    height, width = teacher.map_size(images.size)
     return ManifestDraft(
         teacher=TeacherInfo(
             architecture=experiment.teacher.model,
@@ -159,16 +159,14 @@ def draft_of(experiment: Experiment, teacher: Classifier, images: ImageSet) -> M
             classes=class_count(experiment, images),
             class_names=images.classes,
         ),
-        explainer=ExplainerInfo(
-            name=experiment.explain.explainer, settings={"logit": experiment.explain.logit}
-        ),
+        explainer=ExplainerInfo(name=experiment.explainer, settings={"logit": experiment.explain.logit}),
         view=images.view,
         images=images.fingerprint,
         shape=StoreShape(
             rows=len(images),
             rows_per_shard=images.rows_per_shard,
             classes=teacher.classes,
-            channels=1,
+            channels=6 if experiment.explainer == "bcos" else 1,
             height=height,
             width=width,
         ),
@@ -180,7 +178,7 @@ def draft_of(experiment: Experiment, teacher: Classifier, images: ImageSet) -> M
 def _map_codec(experiment: Experiment) -> str:
     """`auto`: exact enough and cheap at the size of the features; quantised at the size of the images."""
     codec = experiment.store.maps
-    return codec if codec != "auto" else "fp16"
+    return codec if codec != "auto" else "int6" if experiment.explainer == "bcos" else "fp16"
 
 
 def _codec(name: str) -> CodecInfo:

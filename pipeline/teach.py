@@ -1,4 +1,4 @@
-"""Train the experiment's teacher: cross-entropy, optionally guided to look at the object (Rao et al., ICCV 2023)."""
+"""Train the experiment's teacher on labels, optionally guided to look at the object (Rao et al., ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -18,29 +17,31 @@ from pipeline.augment import PairedAugment
 from pipeline.config import Experiment, GuideConfig, TeachConfig
 from pipeline.data.loader import Batch, PairedRows, TrainBatches
 from pipeline.evaluate import score, student_answers
+from pipeline.explainers import heat
 from pipeline.layout import Layout
 from pipeline.models import build
 from pipeline.models.sync_norm import convert
 from pipeline.progress import Progress
 from pipeline.run import Run
-from pipeline.teacher import build_explainer, class_count, map_size
+from pipeline.teacher import build_explainer, class_count
 from pipeline.train import fit
 
 
 @dataclass(frozen=True)
 class TeacherStep:
-    """Cross-entropy + weight * (1 - share of the label's map energy inside the object)."""
+    """The labels' loss + weight * (1 - share of the label's map energy inside the object)."""
 
+    loss: str
     guide: GuideConfig | None
     augment: PairedAugment
 
     def __call__(self, teacher: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
         images, masks, _ = self.augment(batch.images, batch.masks, batch.rows, epoch)
         if self.guide is None or masks is None:
-            return {"loss": F.cross_entropy(teacher(images).float(), batch.labels)}
+            return {"loss": losses.label_loss(self.loss, teacher(images), batch.labels)}
         explained = teacher(images, batch.labels, differentiable=True)
-        classification = F.cross_entropy(explained.logits.float(), batch.labels)
-        outside, valid = losses.energy_guidance_loss(explained.maps, masks)
+        classification = losses.label_loss(self.loss, explained.logits, batch.labels)
+        outside, valid = losses.energy_guidance_loss(heat(explained.maps, images), masks)
         total = classification + self.guide.weight * outside
         return {"loss": total, "classification": classification, "outside": outside, "valid_maps": valid}
 
@@ -88,9 +89,10 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
             world=fabric.world_size,
         ),
         TeacherStep(
+            settings.loss,
             settings.guide,
             PairedAugment(
-                settings.augment, seed=settings.seed, keys=images.keys, map_size=map_size(net, images.size)
+                settings.augment, seed=settings.seed, keys=images.keys, map_size=net.map_size(images.size)
             ),
         ),
         run,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from artifacts import ImageSet
 from artifacts.errors import ModelError
 from pipeline import explainers
 from pipeline.config import Experiment, ExplainConfig
 from pipeline.layout import Layout
-from pipeline.models import Classifier, build, load_weights
+from pipeline.models import Explainable, build, load_weights
 from pipeline.run import Run
 from pipeline.train import kept_weights
 
@@ -31,7 +28,7 @@ def class_count(experiment: Experiment, images: ImageSet) -> int:
     return said or named
 
 
-def load_teacher(experiment: Experiment, layout: Layout, images: ImageSet) -> Classifier:
+def load_teacher(experiment: Experiment, layout: Layout, images: ImageSet) -> Explainable:
     """The teacher with its final weights, in eval mode on the CPU. Raises ModelError where it was not taught yet."""
     teacher = build(experiment.teacher, class_count(experiment, images))
     if experiment.teacher.train:
@@ -42,14 +39,5 @@ def load_teacher(experiment: Experiment, layout: Layout, images: ImageSet) -> Cl
     return teacher.eval().requires_grad_(False)
 
 
-def build_explainer(explain: ExplainConfig, model: nn.Module) -> nn.Module:
+def build_explainer(explain: ExplainConfig, model: Explainable) -> explainers.GradCAM | explainers.BCos:
     return explainers.build(explain.explainer, model, logit=explain.logit)
-
-
-def map_size(model: Classifier, image_size: int) -> tuple[int, int]:
-    """Height and width of the model's maps for square images of `image_size` px."""
-    training = model.training
-    with torch.no_grad():
-        features = model.eval().features(torch.zeros(1, 3, image_size, image_size))
-    model.train(training)
-    return int(features.shape[-2]), int(features.shape[-1])

@@ -78,12 +78,9 @@ def fit(
                 values = loss(wrapped, batch.to(fabric.device), epoch)
                 optimizer.zero_grad(set_to_none=True)
                 fabric.backward(values["loss"])
-                if settings.clip_norm:
-                    fabric.clip_gradients(
-                        wrapped, optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False
-                    )
+                norm = _clip(module, settings)
                 optimizer.step()
-                logged.append({name: value.detach() for name, value in values.items()})
+                logged.append({name: value.detach() for name, value in values.items()} | {"grad_norm": norm})
                 advance(1)
             line = _mean_of_epoch(fabric, logged, epoch, len(batches))
             line |= {"seconds": round(time.monotonic() - started, 2)}
@@ -105,6 +102,19 @@ def fit(
             if due:
                 pending.clear()
             fabric.barrier()
+
+
+def _clip(module: nn.Module, settings: Schedule) -> Tensor:
+    """Clip the gradients as the settings say; returns their norm before that."""
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if settings.agc:
+        from timm.utils.agc import adaptive_clip_grad  # timm takes a second to import
+
+        adaptive_clip_grad(parameters, settings.agc, eps=1e-3)
+    if settings.clip_norm:
+        nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+    return norm
 
 
 def build_optimizer(module: nn.Module, settings: Schedule) -> torch.optim.Optimizer:

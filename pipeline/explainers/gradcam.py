@@ -40,6 +40,9 @@ class GradCAM(nn.Module):
     freedom away.
     """
 
+    channels = 1
+    """Of its maps."""
+
     def __init__(self, model: Classifier, *, logit: str = "raw") -> None:
         super().__init__()
         self.model = model

@@ -45,6 +45,14 @@ class Classifier(nn.Module):
             raise no_features(self.net)
         return features
 
+    def map_size(self, image_size: int) -> tuple[int, int]:
+        """Height and width of the features, and so of GradCAM maps, for square images of `image_size` px."""
+        training = self.training
+        with torch.no_grad():
+            features = self.eval().features(torch.zeros(1, 3, image_size, image_size))
+        self.train(training)
+        return int(features.shape[-2]), int(features.shape[-1])
+
     def head(self, features: Tensor) -> Tensor:
         """Features [B,D,h,w] -> logits [B,classes]."""
         return self._split.head(self.net, features)

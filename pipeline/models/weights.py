@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from artifacts.durable import write_atomic
 from artifacts.errors import ModelError
+from pipeline.models.bcos import BCosClassifier
 from pipeline.models.classifier import Classifier
 
 
@@ -70,7 +71,7 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    return model.net if isinstance(model, Classifier) else model
+    return model.net if isinstance(model, Classifier | BCosClassifier) else model
 
 
 def _state_dict(stored: object, path: Path) -> dict[str, Tensor]:

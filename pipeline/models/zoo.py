@@ -1,4 +1,4 @@
-"""Models by name: `toy/resnet`, `torchvision/NAME`, `timm/NAME`."""
+"""Models by name: `toy/resnet`, `torchvision/NAME`, `timm/NAME`, `bcos/NAME`."""
 
 from __future__ import annotations
 
@@ -12,32 +12,44 @@ from torch import nn
 from artifacts.errors import ModelError
 from pipeline.config import ModelConfig
 from pipeline.models import lite
+from pipeline.models.bcos import BCosClassifier, build_bcos
 from pipeline.models.classifier import Classifier
 from pipeline.models.toy import ToyResNet
 from pipeline.models.weights import load_weights
 
-FAMILIES = ("toy", "torchvision", "timm")
+FAMILIES = ("toy", "torchvision", "timm", "bcos")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CENTRED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 Preprocessing = tuple[Sequence[float], Sequence[float]]
 
 
-def build(config: ModelConfig, classes: int = 1000) -> Classifier:
+def build(config: ModelConfig, classes: int = 1000) -> Classifier | BCosClassifier:
     """The configured network with `classes` logits, its preprocessing inside, random or loaded weights, on
     the CPU.
 
     `mean` and `std` default to the family's own: 0.5 for toy, ImageNet's for torchvision, the model card's
-    for timm. Random weights are drawn from torch's global generator: seed it first. Raises ModelError for an
-    unknown model, unfit weights, or a network without spatial features.
+    for timm; B-cos networks have none. Random weights are drawn from torch's global generator: seed it first.
+    Raises ModelError for an unknown model, unfit weights, or a network without spatial features.
     """
     if config.weights == "lite0":
         _check_lite(config.model, classes)
+    if config.model.startswith("bcos/"):
+        return _bcos(config, classes)
     net, (mean, std) = _network(config, classes)
     model = Classifier(net, *((config.mean, config.std) if config.mean or config.std else (mean, std)))
     if config.weights == "lite0":
         lite.load(net)
     elif config.weights is not None:
         load_weights(net, Path(config.weights))
+    return model
+
+
+def _bcos(config: ModelConfig, classes: int) -> BCosClassifier:
+    if config.mean or config.std:
+        raise ModelError(f"{config.model} takes an image as [x, 1 - x]: remove mean and std")
+    model = BCosClassifier(build_bcos(config.model.removeprefix("bcos/"), classes, config.width))
+    if config.weights is not None:
+        load_weights(model, Path(config.weights))
     return model
 
 
@@ -64,10 +76,8 @@ def _torchvision(name: str, classes: int) -> nn.Module:
 
 
 def _timm(name: str, classes: int) -> tuple[nn.Module, Preprocessing]:
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ModelError("models of timm need timm; run: pip install 'e2kd[lite]'") from error
+    import timm
+
     if not timm.is_model(name):  # also keeps `hf-hub:` names, which would download, out
         _check_name("timm", name, timm.list_models())
     net: Any = timm.create_model(name, pretrained=False, num_classes=classes)

@@ -1,0 +1,108 @@
+"""B-cos explanations W(x) (Böhle et al. 2022, 2024; the paper's Sec. 3.2), exact and trainable.
+
+A B-cos network's logit is W(x) [x, 1 - x] + bias. W(x) is the gradient of the logit with the layers' dynamic
+weights held constant: one inner backward pass through the forward pass that also gives the logits. For a
+student that pass keeps its graph, and one final backward pass then follows both terms of the loss, through
+the dynamic weights too (`models.bcos_layers`). A student's step costs about twice that of plain distillation;
+a teacher's W(x) costs one backward pass to the input, about 0.6 of a forward pass, and keeps no graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.explainers.gradcam import Explained
+from pipeline.models.bcos import BCosClassifier
+from pipeline.models.bcos_layers import constant_in_backward, constant_in_forward
+
+
+class BCos(nn.Module):
+    """Explains a logit of `model` (`raw`), or that logit minus the mean logit (`centred`), by W(x) [B,6,H,W].
+
+    Same state dict as `model`'s under `model.`. Runs eagerly, one thread at a time.
+    """
+
+    channels = 6
+    """Of its maps."""
+
+    def __init__(self, model: BCosClassifier, *, logit: str = "raw") -> None:
+        super().__init__()
+        self.model = model
+        self.logit = logit
+
+    def forward(
+        self, images: Tensor, classes: Tensor | None = None, differentiable: bool = False
+    ) -> Explained:
+        """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits).
+
+        Maps are W(x) [B,6,H,W]. For a convolutional network W(x) [x, 1 - x] is the explained logit minus its
+        bias, exactly; a ViT's positional embedding adds a part that belongs to no pixel. With
+        `differentiable` logits and maps carry gradients to every parameter; else they carry none and no graph
+        is kept.
+        """
+        explain = self._trainable if differentiable else self._constant
+        logits, maps, classes = explain(images, classes)
+        return Explained(_wide(logits), _wide(maps), classes)
+
+    def _trainable(self, images: Tensor, classes: Tensor | None) -> Explained:
+        with torch.enable_grad():
+            x, logits, classes = self._decide(images, classes)
+            with constant_in_backward():
+                (maps,) = torch.autograd.grad(logits, x, self._cotangent(logits, classes), create_graph=True)
+        return Explained(logits, maps, classes)
+
+    def _constant(self, images: Tensor, classes: Tensor | None) -> Explained:
+        with torch.inference_mode(False), torch.enable_grad(), constant_in_forward():
+            x, logits, classes = self._decide(images, classes)
+            (maps,) = torch.autograd.grad(logits, x, self._cotangent(logits, classes))
+        return Explained(logits.detach(), maps, classes)
+
+    def _decide(self, images: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.model.add_inverse(images.detach()).requires_grad_()
+        logits = self.model.net(x)
+        return x, logits, logits.argmax(1) if classes is None else classes
+
+    def _cotangent(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """d explained quantity / d logits [B,C]: one-hot, minus 1/C when centred."""
+        base = F.one_hot(classes, logits.shape[1]).to(logits.dtype)
+        return base if self.logit == "raw" else base - 1 / logits.shape[1]
+
+
+def contributions(maps: Tensor, images: Tensor) -> Tensor:
+    """W(x) * [x, 1 - x] summed over channels: what each pixel adds to the logit, for metrics and pictures.
+
+    Maps [B,6,H,W] of images float [B,3,H,W] in 0..1 -> [B,1,H,W] of the maps' dtype, any sign.
+    """
+    return (maps * BCosClassifier.add_inverse(images)).sum(1, keepdim=True)
+
+
+def colour(maps: Tensor, images: Tensor, smooth: int = 15, percentile: float = 99.5) -> Tensor:
+    """W(x) as a picture (Böhle et al. 2022, Fig. 1): RGBA float [B,4,H,W] in 0..1, no gradients.
+
+    Maps [B,6,H,W] of images float [B,3,H,W] in 0..1, both float32 at least. The colour is the one that the
+    positive weights ask for: red = r / (r + (1 - r)'s), and so on. The opacity is the norm of W(x) where the
+    pixel speaks for the class, averaged over `smooth` x `smooth` pixels (odd; 1: not at all), and full from
+    each image's `percentile` on.
+    """
+    with torch.no_grad():
+        speaks_for = contributions(maps, images) >= 0
+        strength = maps.norm(dim=1, keepdim=True) * speaks_for
+        strength = F.avg_pool2d(strength, smooth, stride=1, padding=smooth // 2)
+        opaque = torch.quantile(strength.flatten(1), percentile / 100, dim=1)[:, None, None, None]
+        return torch.cat([_hue(maps), (strength / opaque.clamp(min=_TINY)).clamp(max=1)], 1)
+
+
+_TINY = 1e-30
+
+
+def _hue(maps: Tensor) -> Tensor:
+    """[B,6,H,W] -> [B,3,H,W] in 0..1: each channel's share of its and its inverse's positive weight."""
+    direction = (maps / maps.abs().amax(1, keepdim=True).clamp(min=_TINY)).clamp(min=0)
+    channel, inverse = direction[:, :3], direction[:, 3:]
+    return channel / (channel + inverse + 1e-12)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
