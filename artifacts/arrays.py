@@ -113,7 +113,7 @@ def join(plan: ArrayPlan, chunks: Sequence[bytes]) -> list[bytes]:
 
 def checksum(chunk: bytes) -> bytes:
     """The four bytes that end a Zstandard frame: the hash of what it decompresses to."""
-    return bytes(chunk[-4:])
+    return chunk[-4:]
 
 
 def read_index(plan: ArrayPlan, view: View, size: int) -> np.ndarray:
@@ -121,7 +121,7 @@ def read_index(plan: ArrayPlan, view: View, size: int) -> np.ndarray:
     length = 16 * plan.chunks_per_shard
     if size < length + 4:
         raise ValueError("it is too short for its index")
-    tail = bytes(view[size - length - 4 : size])
+    tail = view[size - length - 4 : size]
     if len(tail) != length + 4 or google_crc32c.value(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
         raise ValueError("the checksum of its index differs")
     return np.frombuffer(tail[:-4], "<u8").reshape(-1, 2)

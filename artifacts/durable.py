@@ -59,6 +59,23 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sweep(partial: Path) -> None:
+    """Remove what a killed process left; a file that a living one is writing stays."""
+    try:
+        handle = os.open(partial, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino == partial.stat().st_ino:
+            partial.unlink()
+            sync_folder(partial.parent)
+    except (BlockingIOError, FileNotFoundError):
+        return
+    finally:
+        os.close(handle)
+
+
 def _locked(partial: Path) -> int:
     """An emptied file that this process alone writes; waits for another process that writes it."""
     while True:

@@ -2,6 +2,7 @@
 
     DEST/shard-000000.tar   per sample what the image set has (<key>.png|jpg|webp, <key>.json[, <key>.mask.png]) and
                             <key>.logits.npy [C], <key>.map.npy [c,h,w], <key>.class.json (the explained class)
+    DEST/shard-000000.json  the tar's size and sha256: a tar protects only its headers
     DEST/e2kd.json          where it comes from: the packed view and the store's manifest without its shards
 
 With several views or explained classes the arrays keep these dimensions: [V,C], [V,K,c,h,w], [[K classes] of each V].
@@ -9,6 +10,7 @@ With several views or explained classes the arrays keep these dimensions: [V,C],
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -17,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.errors import MismatchedStore, StoreError
+from artifacts.durable import sha256_file
+from artifacts.errors import ImageSetError, MismatchedStore, StoreError
 from artifacts.images import ImageSet, open_images
 from artifacts.manifest import SCHEMA_VERSION, ManifestDraft
 from artifacts.packing import write_images
@@ -45,24 +48,31 @@ def export_store(
         raise MismatchedStore(f"{store.place} was not made from the images in {images.place}")
     where = place(destination)
     about = seal(_about(store, images))
-    if not where.exists(ABOUT):
+    if where.exists(ABOUT):
+        if where.read(ABOUT) != about:
+            raise MismatchedStore(f"{where} holds another export; give an empty folder")
+    elif where.sizes():
+        raise StoreError(f"{where} is not empty and holds no export; give an empty folder")
+    else:
         where.write(ABOUT, about)
-    elif where.read(ABOUT) != about:
-        raise MismatchedStore(f"{where} holds another export; give an empty folder")
     for shard, info in enumerate(images.shards):
         rows = images.shard_rows(shard)
-        if not where.exists(info.name):
-            with (
-                where.writing(info.name) as partial,
-                partial.open("r+b") as file,
-                TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False) as writer,
-            ):
-                for start in range(rows.start, rows.stop, _BATCH):
-                    part = range(start, min(start + _BATCH, rows.stop))
-                    answers = store.read(part)
-                    for position, row in enumerate(part):
-                        key = images.shard_keys(shard)[row - rows.start]
-                        writer.write({"__key__": key, **images.members(row), **_members(answers, position)})
+        if not where.exists(_record(info.name)):
+            with where.writing(info.name) as partial:
+                with (
+                    partial.open("r+b") as file,
+                    TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False) as writer,
+                ):
+                    for start in range(rows.start, rows.stop, _BATCH):
+                        part = range(start, min(start + _BATCH, rows.stop))
+                        answers = store.read(part)
+                        for position, row in enumerate(part):
+                            key = images.shard_keys(shard)[row - rows.start]
+                            writer.write(
+                                {"__key__": key, **images.members(row), **_members(answers, position)}
+                            )
+                record = {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}
+            where.write(_record(info.name), seal(record))
         if progress:
             progress(len(rows))
 
@@ -111,9 +121,7 @@ class _Export:
         try:
             about = unseal(where.read(ABOUT), SCHEMA_VERSION)
         except FileNotFoundError:
-            raise StoreError(
-                f"{where} is no export: it has no {ABOUT}; make one with: e2kd export STORE DEST"
-            ) from None
+            raise StoreError(f"{where} has no {ABOUT}: make an export with: e2kd export STORE DEST") from None
         except NewerSchema as error:
             raise StoreError(f"{where}/{ABOUT} has schema {error}; update e2kd") from None
         except ValueError as error:
@@ -128,38 +136,54 @@ class _Export:
         return key, {name: data for name, data in members.items() if name not in _ANSWERS}
 
     def answers(self, shard: int) -> TeacherRows:
+        """Raises StoreError where they are not what the store says."""
         s, samples = self.draft.shape, self._read(shard)
-        n = len(samples)
-        logits = [_array(members["logits.npy"]) for _, members in samples]
-        maps = [_array(members["map.npy"]) for _, members in samples]
-        classes = [json.loads(members["class.json"]) for _, members in samples]
-        return TeacherRows(
-            np.stack(logits).astype(np.float32).reshape(n, s.views, s.classes),
-            np.array(classes, np.int64).reshape(n, s.views, s.explained),
-            np.stack(maps).astype(np.float32).reshape(n, s.views, s.explained, s.channels, s.height, s.width),
-        )
+        head = (s.views, s.explained)
+        logits = np.empty((len(samples), s.views, s.classes), np.float32)
+        maps = np.empty((len(samples), *head, s.channels, s.height, s.width), np.float32)
+        classes = np.empty((len(samples), *head), np.int64)
+        for position, (key, members) in enumerate(samples):
+            try:
+                logits[position] = _array(members["logits.npy"]).reshape(logits.shape[1:])
+                maps[position] = _array(members["map.npy"]).reshape(maps.shape[1:])
+                classes[position] = np.array(json.loads(members["class.json"]), np.int64).reshape(head)
+                if ((classes[position] < 0) | (classes[position] >= s.classes)).any():
+                    raise ValueError(f"its class is not in 0 to {s.classes - 1}")
+            except (ValueError, EOFError, TypeError) as error:
+                raise self._damaged(f"shard-{shard:06d}.tar", f"{key}: {error or 'empty'}") from None
+        return TeacherRows(logits, classes, maps)
 
     def _read(self, shard: int) -> list[tuple[str, dict[str, bytes]]]:
         if shard != self._shard:
             name, found = f"shard-{shard:06d}.tar", dict[str, dict[str, bytes]]()
             try:
-                with tarfile.open(fileobj=io.BytesIO(self.place.read(name))) as archive:
+                data, record = self.place.read(name), unseal(self.place.read(_record(name)), SCHEMA_VERSION)
+                if [len(data), hashlib.sha256(data).hexdigest()] != [record["bytes"], record["sha256"]]:
+                    raise ValueError("its checksum differs")
+                with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
                     for member in archive:
-                        key, extension = member.name.split(".", 1)
+                        key, _, extension = member.name.partition(".")
                         file = archive.extractfile(member)
                         assert file is not None
                         found.setdefault(key, {})[extension] = file.read()
-            except (FileNotFoundError, tarfile.TarError) as error:
-                raise StoreError(f"{self.place}/{name} cannot be read ({error}); export again") from None
+            except (FileNotFoundError, tarfile.TarError, ValueError, KeyError) as error:
+                raise self._damaged(name, error) from None
             rows = self.draft.shape.shard_rows(shard)
             lacking = [key for key, members in found.items() if not set(members) >= _ANSWERS]
-            if len(found) != len(rows) or lacking:
-                what = (
-                    f"{lacking[0]} lacks its answers" if lacking else f"{len(found)} samples, not {len(rows)}"
+            if lacking or len(found) != len(rows):
+                raise self._damaged(
+                    name, f"{lacking[0]} lacks its answers" if lacking else f"{len(found)} samples"
                 )
-                raise StoreError(f"{self.place}/{name} is damaged ({what}); export again")
             self._shard, self._samples = shard, list(found.items())
         return self._samples
+
+    def _damaged(self, name: str, what: object) -> StoreError:
+        line = str(what).splitlines()[0] if str(what) else type(what).__name__
+        return StoreError(f"{self.place}/{name} is damaged or missing ({line}); export again")
+
+
+def _record(tar: str) -> str:
+    return tar.removesuffix(".tar") + ".json"
 
 
 _ANSWERS = {"logits.npy", "map.npy", "class.json"}
@@ -167,9 +191,15 @@ _ANSWERS = {"logits.npy", "map.npy", "class.json"}
 
 def _about(store: TeacherStore, images: ImageSet) -> dict[str, Any]:
     draft = {name: getattr(store.manifest, name) for name in ManifestDraft.model_fields}
+    try:
+        packed = unseal(images.place.read("packing.json"), SCHEMA_VERSION)
+    except (FileNotFoundError, ValueError):
+        raise ImageSetError(
+            f"{images.place}/packing.json is missing or damaged; run: e2kd verify --repair {images.place}"
+        ) from None
     return {
         "schema_version": SCHEMA_VERSION,
-        "packed": json.loads(images.place.read("packing.json")),
+        "packed": packed,
         "store": ManifestDraft(**draft).model_dump(mode="json"),
     }
 

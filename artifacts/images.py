@@ -158,14 +158,14 @@ class ImageSet:
 
     def _about(self, row: int) -> dict[str, Any]:
         try:
-            about: dict[str, Any] = json.loads(bytes(self._member(row, "json")))
+            about: dict[str, Any] = json.loads(self._member(row, "json"))
         except ValueError as error:
             raise self._damaged(row, error) from None
         return about
 
     def members(self, row: int) -> dict[str, bytes]:
         """The packed files of a row by extension, as they are in the tar. Raises ImageSetError for changed bytes."""
-        return {extension: bytes(self._member(row, extension)) for extension in self._extensions(row)}
+        return {extension: self._member(row, extension) for extension in self._extensions(row)}
 
     def _damaged(self, row: int, what: object) -> ImageSetError:
         name = self.shards[row // self.rows_per_shard].name
@@ -174,8 +174,8 @@ class ImageSet:
             f"run: e2kd verify --repair {self.place}"
         )
 
-    def _member(self, row: int, extension: str) -> Any:
-        """bytes or memoryview. Raises ImageSetError where they are not those that were packed."""
+    def _member(self, row: int, extension: str) -> bytes:
+        """Raises ImageSetError where they are not those that were packed."""
         info = self.shards[row // self.rows_per_shard]
         rows, position = self._find(row)
         member = rows.member(position, extension)

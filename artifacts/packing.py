@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,12 @@ from artifacts.errors import ImageSetError
 from artifacts.images import SCHEMA_VERSION, Sample
 from artifacts.places import Place, Url, place
 from artifacts.rowlist import RowList, locate_rows, read_row_list, row_list
-from artifacts.sealed import seal
+from artifacts.sealed import NewerSchema, seal, unseal
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
+KEPT = ("schema_version", "view", "classes", "rows_per_shard")
+"""What the index repeats of packing.json."""
+
 Members = Mapping[str, bytes]
 """The files of a packed sample by extension."""
 
@@ -34,13 +37,14 @@ def write_images(
     source: str,
     rows_per_shard: int,
     image_format: str = "png",
+    again: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Pack rows 0..count-1 that `get(row)` gives, or continue where an interrupted pack of the same stopped.
 
-    `get` gives a Sample, or (key, members) that are packed already. Shards that are finished are not asked for again; a
-    finished set of the same description is left alone. Raises ImageSetError for unfit or repeated keys, or where the
-    folder holds a set of something else.
+    `get` gives a Sample, or (key, members) that are packed already. Shards that are finished are not asked for again,
+    except tars named in `again`; a finished set of the same description is left alone. Raises ImageSetError for unfit
+    or repeated keys, or where the folder holds a set of something else, finished or not.
     """
     where = place(url)
     plan = {
@@ -57,7 +61,7 @@ def write_images(
     for start in range(0, count, rows_per_shard):
         rows = range(start, min(start + rows_per_shard, count))
         tar = f"shard-{start // rows_per_shard:06d}.tar"
-        finished = _finished(where, tar, len(rows))
+        finished = None if tar in again else _finished(where, tar, len(rows))
         if finished is None:
             where.remove("index.json")
             where.remove(row_list(tar))
@@ -68,30 +72,40 @@ def write_images(
             if progress:
                 progress(len(rows))
         lists.append(finished)
-    if not where.exists("index.json"):
-        where.write("index.json", seal(_index(plan, lists)))
+    index = seal(_index(plan, lists))
+    if not where.exists("index.json") or where.read("index.json") != index:
+        where.write("index.json", index)
 
 
 def _begin(where: Place, plan: dict[str, Any]) -> None:
-    if where.exists("packing.json"):
-        try:
-            old = json.loads(where.read("packing.json"))
-        except ValueError:
-            raise ImageSetError(
-                f"{where}/packing.json is damaged; delete the folder and run: e2kd pack CONFIG"
-            ) from None
-        differing = [key for key in plan if old.get(key) != plan[key]]
-        if not differing:
-            return
-        if where.exists("index.json"):
-            lines = "\n".join(f"  {key}: packed {old.get(key)!r}, config {plan[key]!r}" for key in differing)
-            raise ImageSetError(
-                f"{where} holds other images than the config asks for:\n{lines}\n"
-                f"use another folder (--out DIR), or delete it: rm -r {where}"
-            )
-        for name in where.sizes():  # an unfinished pack of something else: nothing in it was ever usable
-            where.remove(name)
-    where.write("packing.json", json.dumps(plan, indent=1).encode())
+    """Write down what is being packed, or raise ImageSetError where the folder holds something else."""
+    index, old = _sealed(where, "index.json"), _sealed(where, "packing.json")
+    if old is None and index is not None:  # packing.json was lost: the index says most of it
+        old = {**plan, **{key: index[key] for key in KEPT}, "count": index["rows"]}
+    elif old is None and where.exists("packing.json"):
+        raise ImageSetError(f"{where}/packing.json is damaged; delete the folder and run: e2kd pack CONFIG")
+    differing = [] if old is None else [key for key in plan if old.get(key) != plan[key]]
+    if old is not None and differing:
+        lines = "\n".join(f"  {key}: packed {old.get(key)!r}, config {plan[key]!r}" for key in differing)
+        raise ImageSetError(
+            f"{where} holds other images than the config asks for:\n{lines}\n"
+            f"use another folder (--out DIR), or delete it: rm -r {where}"
+        )
+    data = seal(plan)
+    if not where.exists("packing.json") or where.read("packing.json") != data:
+        where.write("packing.json", data)
+
+
+def _sealed(where: Place, name: str) -> dict[str, Any] | None:
+    """None where the file is missing or damaged. Raises ImageSetError for a newer format."""
+    try:
+        return unseal(where.read(name), SCHEMA_VERSION)
+    except NewerSchema as error:
+        raise ImageSetError(
+            f"{where}/{name} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+        ) from None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _write_shard(
@@ -125,7 +139,7 @@ def _write_shard(
             "tar": {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)},
             "rows": locate_rows(partial),
         }
-    data = json.dumps(entries).encode()
+    data = seal(entries)
     where.write(row_list(tar), data)
     return read_row_list(where, tar, hashlib.sha256(data).hexdigest())
 
@@ -181,5 +195,4 @@ def _index(plan: dict[str, Any], lists: Sequence[RowList]) -> dict[str, Any]:
         }
         for found in lists
     ]
-    kept = ("schema_version", "view", "classes", "rows_per_shard")
-    return {**{key: plan[key] for key in kept}, "rows": plan["count"], "shards": shards}
+    return {**{key: plan[key] for key in KEPT}, "rows": plan["count"], "shards": shards}

@@ -6,7 +6,6 @@ machine (artifacts/cache.py) and checked on the way; one that does not fit there
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import tempfile
@@ -14,12 +13,12 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from artifacts import cache
-from artifacts.durable import appearing, naming, sync_folder
+from artifacts.durable import appearing, naming, sweep, sync_folder
 from artifacts.errors import PlaceError
 
 T = TypeVar("T")
@@ -37,8 +36,8 @@ class View(ABC):
     """The bytes of one object, read by parts."""
 
     @abstractmethod
-    def __getitem__(self, part: slice) -> Any:
-        """The bytes start <= i < stop, as bytes or a memoryview."""
+    def __getitem__(self, part: slice) -> bytes:
+        """The bytes start <= i < stop; fewer where the object ends before."""
 
 
 class Place(ABC):
@@ -93,6 +92,10 @@ class Place(ABC):
     def remove(self, name: str) -> None:
         """Remove the object if it is there."""
 
+    def sweep(self) -> None:
+        """Remove the partial files of processes that were killed."""
+        return
+
     def write(self, name: str, data: bytes) -> None:
         with self.writing(name) as file:
             file.write_bytes(data)
@@ -131,21 +134,26 @@ class LocalPlace(Place):
         for folder, _, names in os.walk(self.path):
             for name in names:
                 file = Path(folder, name)
-                found[file.relative_to(self.path).as_posix()] = file.stat().st_size
+                with suppress(FileNotFoundError):  # another process has just renamed or removed it
+                    found[file.relative_to(self.path).as_posix()] = file.stat().st_size
         return found
 
     def _view(self, name: str, size: int, sha256: str) -> View:
-        return _Mapped(self.path / name)
+        return _File(self.path / name)
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
         return appearing(self.path / name)
 
     def remove(self, name: str) -> None:
         file = self.path / name
-        with naming(file):
-            if file.exists():
-                file.unlink()
-                sync_folder(file.parent)
+        with naming(file), suppress(FileNotFoundError):
+            file.unlink()
+            sync_folder(file.parent)
+
+    def sweep(self) -> None:
+        for name in self.sizes():
+            if name.endswith(".partial"):
+                sweep(self.path / name)
 
 
 class RemotePlace(Place):
@@ -198,7 +206,7 @@ class RemotePlace(Place):
             self._call(name, lambda path: self.system.get_file(path, str(file)))
 
         copy = cache.kept(sha256, size, fetch)
-        return _Mapped(copy) if copy else _Ranges(self, name)
+        return _File(copy) if copy else _Ranges(self, name)
 
     def part(self, name: str, start: int, stop: int) -> bytes:
         return self._call(name, lambda path: self.system.cat_file(path, start=start, end=stop))
@@ -249,16 +257,18 @@ class RemotePlace(Place):
         raise AssertionError
 
 
-class _Mapped(View):
-    """A local file, mapped into memory."""
+class _File(View):
+    """A local file, held open. Not mapped into memory: touching a mapped file that became shorter kills the process."""
 
     def __init__(self, file: Path) -> None:
-        with file.open("rb") as opened:
-            empty = os.fstat(opened.fileno()).st_size == 0
-            self._bytes: Any = b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        self._handle = os.open(file, os.O_RDONLY)
 
-    def __getitem__(self, part: slice) -> Any:
-        return memoryview(self._bytes)[part]
+    def __getitem__(self, part: slice) -> bytes:
+        return os.pread(self._handle, part.stop - part.start, part.start)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
 
 
 class _Ranges(View):
@@ -267,5 +277,5 @@ class _Ranges(View):
     def __init__(self, where: RemotePlace, name: str) -> None:
         self._where, self._name = where, name
 
-    def __getitem__(self, part: slice) -> Any:
+    def __getitem__(self, part: slice) -> bytes:
         return self._where.part(self._name, part.start, part.stop)

@@ -17,6 +17,7 @@ import numpy as np
 
 from artifacts.errors import ImageSetError
 from artifacts.places import Place
+from artifacts.sealed import unseal
 
 Label = int | tuple[int, ...] | None
 
@@ -31,7 +32,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class RowList:
-    """What <tar>.rows.json says: the tar's size and checksum, and what is known of its rows without it.
+    """What <tar>.rows.json, a sealed file, says: the tar's size and checksum, and what its rows are.
 
     `members`: by extension (png|jpg|webp, json, mask.png) i64 [rows,3] of offset, length and CRC-32; offset -1 where
     the row has no such file. As arrays, because a big set has millions. `own_sha256` is that of the list itself.
@@ -82,7 +83,7 @@ def read_row_list(where: Place, tar: str, sha256: str | None = None) -> RowList:
     try:
         if sha256 not in (None, own):
             raise ValueError("sha256 differs")
-        content = json.loads(data)
+        content = unseal(data, 1)
         rows = content["rows"]
         extensions = dict.fromkeys(name for row in rows for name in row["members"])
         return RowList(

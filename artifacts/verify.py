@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from artifacts.arrays import group_metadata
 from artifacts.codecs import decode_logits, decode_maps, get_codec
 from artifacts.errors import DamagedStore, E2kdError, ImageSetError
-from artifacts.images import ImageSet, load_images, open_images, wrong_tars
+from artifacts.images import SCHEMA_VERSION, ImageSet, load_images, open_images, wrong_tars
 from artifacts.manifest import ManifestDraft, ShardRecord
 from artifacts.places import Place, Url, place
 from artifacts.records import commit_name, read_record, wrong_sizes
 from artifacts.rowlist import row_list
+from artifacts.sealed import NewerSchema, unseal
 from artifacts.store import TeacherStore, load_store
 
 
@@ -88,6 +90,10 @@ def verify_images(url: Url, *, quick: bool = False, progress: Advance | None = N
     except E2kdError as error:
         return VerifyReport(where, 0, (Problem(str(error), ""),))
     problems: list[Problem] = []
+    try:
+        unseal(where.read("packing.json"), SCHEMA_VERSION)
+    except (FileNotFoundError, ValueError, NewerSchema):
+        problems.append(Problem("packing.json is missing or changed", _mend(where)))
     wrong = wrong_tars(images)
     for shard in range(len(images.shards)):
         if shard in wrong or not quick:
@@ -102,12 +108,14 @@ def _mend(where: Place) -> str:
 
 
 def _changed_records(store: TeacherStore) -> Iterator[Problem]:
-    """zarr.json of every array, draft.json, and the commit records beside the manifest."""
+    """zarr.json of the group and every array, draft.json, and the commit records beside the manifest."""
     for name in store.plans:
         try:
             store.check_metadata(name)
         except DamagedStore:
             yield Problem(f"zarr.json of array {name} was changed", _mend(store.place), array=name)
+    if not store.place.exists("zarr.json") or store.place.read("zarr.json") != group_metadata():
+        yield Problem("zarr.json of the group is missing or changed", _mend(store.place))
     for record in store.manifest.shards:
         try:
             same = read_record(store.place, commit_name(record.shard), ShardRecord) == record

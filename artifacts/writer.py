@@ -41,8 +41,7 @@ class StoreWriter:
         """
         if self.place.exists("draft.json"):
             check_same(self.place, read_record(self.place, "draft.json", ManifestDraft), self.draft)
-            if not all(self.place.exists(f"{name}/zarr.json") for name in self.plans):
-                self.write_metadata()
+            self.write_metadata()
             return
         if any(name.startswith("commits/") for name in self.place.sizes()):
             raise StoreError(
@@ -52,21 +51,30 @@ class StoreWriter:
         write_record(self.place, "draft.json", self.draft)
 
     def write_metadata(self) -> None:
-        """Write every zarr.json (again)."""
-        for name, plan in self.plans.items():
-            self.place.write(f"{name}/zarr.json", plan.metadata())
-        self.place.write("zarr.json", group_metadata())
+        """Write every zarr.json that is not there as it should be."""
+        files = {f"{name}/zarr.json": plan.metadata() for name, plan in self.plans.items()}
+        for name, data in {**files, "zarr.json": group_metadata()}.items():
+            if not self.place.exists(name) or self.place.read(name) != data:
+                self.place.write(name, data)
 
     def committed(self) -> set[int]:
         """Shards that are finished: committed, with every object there in its full size."""
         return set(self._records())
+
+    def has_committed(self, shard: int) -> bool:
+        """Whether one shard is finished."""
+        try:
+            record = read_record(self.place, commit_name(shard), ShardRecord)
+        except (FileNotFoundError, DamagedStore):
+            return False
+        return all(self.place.size(item.path) == item.bytes for item in record.arrays.values())
 
     def uncommit(self, shard: int) -> None:
         """Have a shard computed again."""
         self.place.remove(commit_name(shard))
 
     def write_shard(self, shard: int, rows: TeacherRows, keys_sha256: str, keys: Sequence[str]) -> None:
-        """Write one shard of every array, make it durable, commit it: `ShardStream` for one shard."""
+        """Write one shard of every array, make it durable, commit it; a committed one is left alone."""
         with ShardStream(self, threads=1) as stream:
             stream.begin(shard, keys_sha256, keys)
             stream.append(rows)
@@ -78,9 +86,7 @@ class StoreWriter:
         if len(records) < shape.shards:
             raise IncompleteStore(incomplete(self.place, len(records), shape.shards))
         shards = [records[shard] for shard in range(shape.shards)]
-        for name in self.place.sizes():
-            if name.endswith(".partial"):  # of processes that were killed
-                self.place.remove(name)
+        self.place.sweep()
         manifest = Manifest(
             **dict(self.draft),
             dead_maps=sum(record.dead_maps for record in shards),
@@ -99,7 +105,7 @@ class StoreWriter:
         names = sorted(name for name in sizes if name.startswith("commits/") and name.endswith(".json"))
         records = {}
         for name in names:
-            with suppress(DamagedStore):  # it is computed again
+            with suppress(DamagedStore, FileNotFoundError):  # it is computed again
                 record = read_record(self.place, name, ShardRecord)
                 if not wrong_sizes(record, sizes):
                     records[record.shard] = record
@@ -210,6 +216,8 @@ class ShardStream:
             compressed[name] = [
                 compress(plans[name], values[i : i + step]) for i in range(0, len(span), step)
             ]
+        if self._writer.has_committed(shard.number):  # another process did, meanwhile
+            return
         place.remove(commit_name(shard.number))  # from here on the old objects are not to be believed
         objects = {
             name: _write_object(place, plan, shard.number, compressed[name]) for name, plan in plans.items()

@@ -12,6 +12,7 @@ from artifacts import (
     ConfigError,
     E2kdError,
     ImageSet,
+    MismatchedStore,
     StoreError,
     TeacherStore,
     VerifyReport,
@@ -44,6 +45,10 @@ def portray(url: str, row: int | None, key: str | None, images_url: str | None, 
     from pipeline.portrait import draw_row
 
     store, images = open_store(url), _images_of(place(url), images_url)
+    if store.manifest.images != images.fingerprint:
+        raise MismatchedStore(
+            f"{store.place} was not made from the images in {images.place}; give its own with --images"
+        )
     if (row is None) == (key is None):
         raise ConfigError("--png draws one row: give --row or --key")
     if key is not None:
@@ -54,6 +59,7 @@ def portray(url: str, row: int | None, key: str | None, images_url: str | None, 
     assert row is not None
     if not 0 <= row < len(store):
         raise ConfigError(f"row {row} is not in {store.place}, which has rows 0 to {len(store) - 1}")
+    png.parent.mkdir(parents=True, exist_ok=True)
     for name, logit in draw_row(store, images, row, png):
         print(f"{logit:9.3f}  {name}")
     print(f"drawn: {png}")
@@ -76,10 +82,13 @@ def check(
         raise StoreError(
             f"there is nothing at {where}; give a store (out/NAME/stores/STORE/SPLIT) or an image set"
         )
+    if is_images and against_teacher is not None:
+        raise ConfigError(f"{where} is an image set; --against-teacher is for teacher stores")
     report = _verified(where, is_images, quick, images_url)
-    if repair and not report.ok:
-        _repair(where, report, *_experiment(where, config, overrides))
-        report = _verified(where, is_images, quick, images_url)
+    for _ in range(2 if repair else 0):  # once more where a damaged manifest hid what it names
+        if not report.ok:
+            _repair(where, report, *_experiment(where, config, overrides))
+            report = _verified(where, is_images, quick, images_url)
     if against_teacher is None or is_images or not report.ok:
         return 0 if report.ok else 3
     return _ask_again(where, against_teacher, *_experiment(where, config, overrides))
@@ -118,10 +127,15 @@ def _verified(where: Place, is_images: bool, quick: bool, images_url: str | None
     checked = [f"{report.shards} shards", "sizes only" if quick else "every byte"]
     if not is_images:
         checked.append(f"rows against {beside}" if beside else "no image set beside it to compare rows with")
-    print(f"{where}: {'ok' if report.ok else f'{len(report.problems)} problems'} ({', '.join(checked)})")
+    print(f"{where}: {_count(report)} ({', '.join(checked)})")
     for mend in dict.fromkeys(problem.mend for problem in report.problems if problem.mend):
         print(mend)
     return report
+
+
+def _count(report: VerifyReport) -> str:
+    count = len(report.problems)
+    return "ok" if report.ok else f"{count} problem{'s' if count > 1 else ''}"
 
 
 def _repair(where: Place, report: VerifyReport, experiment: Experiment, layout: Layout) -> None:
@@ -281,7 +295,12 @@ def _measured(store: TeacherStore) -> list[tuple[str, str]]:
     lines = []
     for name, label in (("codec-cost.json", "codec cost"), ("freezing-gap.json", "freezing gap")):
         if beside.exists(name):
-            lines.append((label, json.dumps(json.loads(beside.read(name)))))
+            try:
+                lines.append((label, json.dumps(json.loads(beside.read(name)))))
+            except ValueError:
+                lines.append(
+                    (label, f"{beside}/{name} is damaged; delete it and run: e2kd precompute CONFIG")
+                )
     return lines
 
 

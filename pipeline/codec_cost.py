@@ -14,7 +14,8 @@ from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import BETTER, get_codec
 from pipeline.augment import PairedAugment
 from pipeline.config import AugmentConfig
-from pipeline.gap import both_alive, sample_rows, summary
+from pipeline.gap import sample_rows, summary
+from pipeline.metrics import dead, map_cosine
 
 
 def codec_cost(
@@ -36,11 +37,11 @@ def codec_cost(
         classes = torch.from_numpy(stored.explained_class[:, 0, 0]).to(device)
         live = explainer(pixels.float() / 255, classes)
         decoded = torch.from_numpy(stored.maps[:, 0, 0]).to(device)
-        whole.append(both_alive(decoded, live.maps))
+        whole.append(_cosines(decoded, live.maps))
         (_, a, _), (_, b, _) = (paired(pixels, m, torch.from_numpy(part), 0) for m in (decoded, live.maps))
         assert a is not None
         assert b is not None
-        augmented.append(both_alive(a, b))
+        augmented.append(_cosines(a, b))
         logits = torch.from_numpy(stored.logits[:, 0]).to(device)
         kl.append(_divergence(live.logits, logits))
         kept.append((live.logits.argmax(1) == logits.argmax(1)).double())
@@ -68,6 +69,12 @@ def tell(cost: dict[str, Any]) -> str:
         f"{line}\nwarning: 1% of the augmented maps are below the {bound} that {cost['maps']} promises; "
         f"a better codec: store.maps: {BETTER[short]} (with another store.name)"
     )
+
+
+def _cosines(decoded: Tensor, exact: Tensor) -> Tensor:
+    """Of the images whose exact map is not all-zero: at most [B]. A map that the codec lost counts 0."""
+    alive = ~dead(exact)
+    return map_cosine(decoded[alive], exact[alive])
 
 
 def _divergence(exact: Tensor, decoded: Tensor) -> Tensor:

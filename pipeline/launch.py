@@ -35,18 +35,31 @@ class Part:
         if rank is not None and world is not None:
             return cls(rank, world)
         slurm = {name: os.environ.get(f"SLURM_{name}", "") for name in _SLURM}
-        if slurm["ARRAY_TASK_COUNT"]:
-            first = int(slurm["ARRAY_TASK_MIN"] or 0)
-            return cls(int(slurm["ARRAY_TASK_ID"]) - first, int(slurm["ARRAY_TASK_COUNT"]))
-        if slurm["PROCID"] and slurm["NTASKS"] and not slurm["NTASKS_PER_NODE"]:
-            return cls(int(slurm["PROCID"]), int(slurm["NTASKS"]))
+        try:
+            if slurm["ARRAY_TASK_COUNT"]:
+                first, step = int(slurm["ARRAY_TASK_MIN"] or 0), int(slurm["ARRAY_TASK_STEP"] or 1)
+                return cls((int(slurm["ARRAY_TASK_ID"]) - first) // step, int(slurm["ARRAY_TASK_COUNT"]))
+            by_srun = slurm["STEP_ID"] and not slurm["NTASKS_PER_NODE"]  # sbatch's own script has no step
+            if by_srun and slurm["PROCID"] and slurm["NTASKS"]:
+                return cls(int(slurm["PROCID"]), int(slurm["NTASKS"]))
+        except ValueError:
+            raise ConfigError("SLURM's variables name no part: give --rank and --world") from None
         return cls()
 
     def owns(self, shard: int) -> bool:
         return shard % self.world == self.rank
 
 
-_SLURM = ("ARRAY_TASK_COUNT", "ARRAY_TASK_MIN", "ARRAY_TASK_ID", "PROCID", "NTASKS", "NTASKS_PER_NODE")
+_SLURM = (
+    "ARRAY_TASK_STEP",
+    "ARRAY_TASK_COUNT",
+    "ARRAY_TASK_MIN",
+    "ARRAY_TASK_ID",
+    "STEP_ID",
+    "PROCID",
+    "NTASKS",
+    "NTASKS_PER_NODE",
+)
 _PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 

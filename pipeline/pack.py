@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from artifacts import ImageSet, open_images
 from artifacts.packing import write_images
 from pipeline.config import Experiment
@@ -17,12 +19,14 @@ def pack(experiment: Experiment, layout: Layout, progress: Progress) -> None:
         pack_split(experiment, layout, split, progress)
 
 
-def pack_split(experiment: Experiment, layout: Layout, split: str, progress: Progress) -> ImageSet:
-    """Pack one split, or continue where an interrupted run stopped."""
+def pack_split(
+    experiment: Experiment, layout: Layout, split: str, progress: Progress, again: Collection[str] = ()
+) -> ImageSet:
+    """Pack one split, or continue where an interrupted run stopped; `again` names tars to pack once more."""
     where = layout.images(split)
     source = open_source(experiment.data, split, experiment.view.resize or experiment.view.size)
     view = CanonicalView.of(experiment.view)
-    if where.exists("index.json"):
+    if where.exists("index.json") and not again:
         progress = Quiet()  # nothing to do but to check that it is the same
     with progress.bar(f"pack {split}", len(source), "image") as advance:
         write_images(
@@ -33,6 +37,7 @@ def pack_split(experiment: Experiment, layout: Layout, split: str, progress: Pro
             classes=source.classes,
             source=source.describe(),
             rows_per_shard=experiment.store.rows_per_shard,
+            again=again,
             progress=advance,
         )
     return open_images(where)

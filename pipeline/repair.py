@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from lightning_fabric import Fabric
 
-from artifacts import E2kdError, StoreError, open_images
+from artifacts import DamagedStore, StoreError, open_images
 from artifacts.manifest import Manifest, ManifestDraft
-from artifacts.places import Place
+from artifacts.places import LocalPlace, Place
 from artifacts.records import check_same, read_record, write_record
-from artifacts.rowlist import row_list
 from artifacts.verify import Problem
 from artifacts.writer import StoreWriter
 from pipeline.config import Experiment
@@ -24,13 +23,12 @@ from pipeline.teacher import load_teacher
 def repair_images(
     experiment: Experiment, layout: Layout, split: str, problems: Sequence[Problem], progress: Progress
 ) -> None:
-    """Pack the tars again that `problems` name; the others are kept."""
-    where = layout.images(split)
-    where.remove("index.json")
-    for tar in {problem.array for problem in problems if problem.shard is not None and problem.array}:
-        where.remove(row_list(tar))
-        where.remove(tar)
-    pack_split(experiment, layout, split, progress)
+    """Pack the tars again that `problems` name, and write the records that cannot be read; the rest is kept.
+
+    Raises ImageSetError where the set is not the one that the experiment's config asks for.
+    """
+    again = {problem.array for problem in problems if problem.shard is not None and problem.array}
+    pack_split(experiment, layout, split, progress, again)
 
 
 def repair_store(
@@ -48,11 +46,14 @@ def repair_store(
     images = open_images(layout.images(split))
     draft = draft_of(experiment, load_teacher(experiment, layout, images), images)
     writer = StoreWriter(layout.store(experiment.store_name, split), draft)
-    for name, model in (("manifest.json", Manifest), ("draft.json", ManifestDraft)):
-        _keep_if_sound(writer.place, name, model, draft)
-    write_record(writer.place, "draft.json", draft)
+    records: dict[str, type[ManifestDraft]] = {"manifest.json": Manifest, "draft.json": ManifestDraft}
+    damaged = [name for name, model in records.items() if not _sound(writer.place, name, model, draft)]
+    for name in damaged:
+        writer.place.remove(name)
+    if "draft.json" in damaged:
+        write_record(writer.place, "draft.json", draft)
     writer.write_metadata()
-    for shard in {problem.shard for problem in problems if problem.shard is not None}:
+    for shard in {problem.shard for problem in problems if problem.shard is not None and problem.mend}:
         writer.uncommit(shard)
     precompute(experiment, layout, split, images, fabric, progress)
 
@@ -71,16 +72,15 @@ def experiment_store(experiment: Experiment, layout: Layout, where: Place) -> tu
 
 
 def _same(a: Place, b: Place) -> bool:
+    if isinstance(a, LocalPlace) and isinstance(b, LocalPlace):
+        return a.path.resolve() == b.path.resolve()
     return str(a).rstrip("/") == str(b).rstrip("/")
 
 
-def _keep_if_sound(where: Place, name: str, model: type[ManifestDraft], draft: ManifestDraft) -> None:
-    """Remove a record that is damaged; raise MismatchedStore if it is sound and about something else."""
+def _sound(where: Place, name: str, model: type[ManifestDraft], draft: ManifestDraft) -> bool:
+    """Whether a record can be read. Raises MismatchedStore if it is about something else, StoreError if it is newer."""
     try:
-        found = read_record(where, name, model)
-    except FileNotFoundError:
-        return
-    except E2kdError:
-        where.remove(name)
-        return
-    check_same(where, found, draft)
+        check_same(where, read_record(where, name, model), draft)
+    except (FileNotFoundError, DamagedStore):
+        return False
+    return True
