@@ -7,16 +7,25 @@ that an epoch in random order over more than fits does not fetch everything agai
 
 from __future__ import annotations
 
+import math
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from artifacts.durable import sha256_file
+from artifacts.durable import appearing, sha256_file, sweep
+from artifacts.errors import PlaceError
 
 _used: set[str] = set()
 _one_at_a_time = threading.Lock()
+
+
+def _unlock_in_child() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def folder() -> Path:
@@ -25,40 +34,86 @@ def folder() -> Path:
 
 
 def bound() -> int:
-    """Bytes."""
-    return int(float(os.environ.get("E2KD_CACHE_GIB", "20")) * 2**30)
+    """Bytes. Raises PlaceError where E2KD_CACHE_GIB is not a number."""
+    text = os.environ.get("E2KD_CACHE_GIB", "20")
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan
+    if not 0 <= gib < math.inf:
+        raise PlaceError(f"E2KD_CACHE_GIB is {text!r}; set it to a number of GiB, or to 0 for no cache")
+    return int(gib * 2**30)
 
 
 def kept(sha256: str, size: int, fetch: Callable[[Path], None]) -> Path | None:
-    """The copy of the object with this checksum, fetched if need be; None where it does not fit or is not that.
+    """The copy of the object with this checksum, fetched if need be; None where there is no room for it here.
 
-    What is fetched is kept only if size and sha256 are right: the reader then meets the damage in the remote bytes.
+    None also where what was fetched is not that object: the reader then meets the damage in the remote bytes.
     """
     file = folder() / sha256
     with _one_at_a_time:
-        if not (file.is_file() and file.stat().st_size == size):
-            if not _make_room(size):
+        try:
+            if not _there(file, size) and not _fetched(file, size, sha256, fetch):
                 return None
-            with tempfile.TemporaryDirectory(dir=folder(), prefix="fetch-") as scratch:
-                copy = Path(scratch, sha256)
-                fetch(copy)
-                if copy.stat().st_size != size or sha256_file(copy) != sha256:
-                    return None
-                copy.replace(file)
+            os.utime(file)
+        except FileNotFoundError:  # the object is not there
+            raise
+        except OSError:  # this machine has no place for it
+            return None
         _used.add(sha256)
-        os.utime(file)
     return file
+
+
+def _fetched(file: Path, size: int, sha256: str, fetch: Callable[[Path], None]) -> bool:
+    if not _make_room(size):
+        return False
+    try:
+        with appearing(file) as partial:
+            if _there(file, size):  # another process fetched it while we waited
+                raise _Stop
+            fetch(partial)
+            if not _there(partial, size) or sha256_file(partial) != sha256:
+                raise _Stop
+    except _Stop:
+        return _there(file, size)
+    finally:
+        sweep(file.with_name(f"{sha256}.partial"))
+    return True
+
+
+def forget(sha256: str) -> bool:
+    """Remove a copy that turned out to be damaged. Whether there was one."""
+    file = folder() / sha256
+    there = file.exists()
+    file.unlink(missing_ok=True)
+    return there
+
+
+class _Stop(Exception):
+    """The copy is there already, or is not to be kept."""
+
+
+def _there(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _make_room(size: int) -> bool:
     """Remove the longest unused copies until `size` more bytes fit. False where they do not."""
     folder().mkdir(parents=True, exist_ok=True)
-    copies = sorted((f for f in folder().iterdir() if f.is_file()), key=lambda file: file.stat().st_mtime)
-    room = bound() - sum(file.stat().st_size for file in copies)
-    for file in copies:
+    found: list[tuple[float, int, Path]] = []
+    for file in folder().iterdir():
+        try:
+            if file.suffix == ".partial":
+                sweep(file)  # of a process that was killed
+            about = file.stat()
+            found.append((about.st_mtime, about.st_size, file))
+        except FileNotFoundError:  # another process makes room too
+            continue
+    room = bound() - sum(bytes_ for _, bytes_, _ in found)
+    for _, bytes_, file in sorted(found):
         if room >= size:
             break
-        if file.name not in _used:
-            room += file.stat().st_size
+        if file.name not in _used and file.suffix != ".partial":
+            room += bytes_
             file.unlink(missing_ok=True)
     return room >= size

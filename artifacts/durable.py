@@ -63,7 +63,7 @@ def sweep(partial: Path) -> None:
     """Remove what a killed process left; a file that a living one is writing stays."""
     try:
         handle = os.open(partial, os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ machine (artifacts/cache.py) and checked on the way; one that does not fit there
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import tempfile
@@ -47,7 +48,7 @@ class Place(ABC):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._views: OrderedDict[str, View] = OrderedDict()
+        self._views: OrderedDict[tuple[str, str], View] = OrderedDict()
 
     def __str__(self) -> str:
         return self.url
@@ -75,11 +76,17 @@ class Place(ABC):
 
     def view(self, name: str, size: int, sha256: str) -> View:
         """Access to parts of the object that should have this size and checksum. Raises FileNotFoundError."""
-        view = self._views.pop(name, None) or self._view(name, size, sha256)
-        self._views[name] = view
+        key = (name, sha256)
+        view = self._views.pop(key, None) or self._view(name, size, sha256)
+        self._views[key] = view
         if len(self._views) > OPEN_VIEWS:
             self._views.popitem(last=False)
         return view
+
+    def distrust(self, name: str, sha256: str) -> bool:
+        """Close the view; True where its bytes were a copy that is now dropped, so that reading again may help."""
+        self._views.pop((name, sha256), None)
+        return False
 
     @abstractmethod
     def _view(self, name: str, size: int, sha256: str) -> View: ...
@@ -109,6 +116,8 @@ def place(url: Url) -> Place:
     if isinstance(url, Place):
         return url
     text = os.fspath(url).removeprefix("file://")
+    if text.startswith("://"):
+        raise PlaceError(f"{text} is no URL: it has no protocol")
     return RemotePlace(text) if "://" in text else LocalPlace(text)
 
 
@@ -208,6 +217,10 @@ class RemotePlace(Place):
         copy = cache.kept(sha256, size, fetch)
         return _File(copy) if copy else _Ranges(self, name)
 
+    def distrust(self, name: str, sha256: str) -> bool:
+        super().distrust(name, sha256)
+        return cache.forget(sha256)
+
     def part(self, name: str, start: int, stop: int) -> bytes:
         return self._call(name, lambda path: self.system.cat_file(path, start=start, end=stop))
 
@@ -229,10 +242,14 @@ class RemotePlace(Place):
         return {**super().__getstate__(), "_system": None, "_process": -1}
 
     def _put(self, file: Path, path: str) -> None:
-        self.system.makedirs(self.system._parent(path), exist_ok=True)
+        if not self.url.startswith(
+            ("s3://", "gs://")
+        ):  # they have no folders, and looking for them needs rights
+            self.system.makedirs(self.system._parent(path), exist_ok=True)
         self.system.put_file(str(file), path)
         found = int(self.system.info(path)["size"])
         if found != file.stat().st_size:
+            self.system.rm_file(path)
             raise OSError(f"{found} of {file.stat().st_size} bytes arrived")
 
     def _call(self, name: str, call: Callable[[str], T]) -> T:
@@ -247,6 +264,8 @@ class RemotePlace(Place):
             except PermissionError as error:
                 raise PlaceError(f"no access to {self.url}/{name} ({error}); check the credentials") from None
             except Exception as error:  # each protocol has its own
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise  # the disk of this machine
                 if attempt == ATTEMPTS:
                     raise PlaceError(
                         f"{self.url}/{name} failed {ATTEMPTS} times ({type(error).__name__}: {error}); "

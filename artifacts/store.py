@@ -133,16 +133,26 @@ class TeacherStore:
         number = inside // plan.chunk_rows
         record = self.manifest.shards[shard].arrays[name]
         try:
-            view = self.place.view(record.path, record.bytes, record.sha256)
-            if (name, shard) not in self._indexes:
-                self._indexes[name, shard] = read_index(plan, view, record.bytes)
-            expected = bytes.fromhex(record.checksums[8 * number : 8 * number + 8])
-            return decompress(plan, view, self._indexes[name, shard][number], expected)
+            try:
+                return self._read_chunk(name, shard, number)
+            except ValueError:
+                if not self.place.distrust(record.path, record.sha256):
+                    raise
+                self._indexes.pop((name, shard), None)
+                return self._read_chunk(name, shard, number)
         except (FileNotFoundError, ValueError) as error:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             start = row - inside % plan.chunk_rows
             rows = range(start, min(start + plan.chunk_rows, self.manifest.shape.shard_rows(shard).stop))
             raise DamagedStore(damage(self.place, name, shard, rows, what)) from None
+
+    def _read_chunk(self, name: str, shard: int, number: int) -> np.ndarray:
+        plan, record = self.plans[name], self.manifest.shards[shard].arrays[name]
+        view = self.place.view(record.path, record.bytes, record.sha256)
+        if (name, shard) not in self._indexes:
+            self._indexes[name, shard] = read_index(plan, view, record.bytes)
+        expected = bytes.fromhex(record.checksums[8 * number : 8 * number + 8])
+        return decompress(plan, view, self._indexes[name, shard][number], expected)
 
     def _whole(self, name: str) -> np.ndarray:
         if name not in self._kept:

@@ -18,7 +18,7 @@ from pipeline.config import Experiment, StudentConfig
 from pipeline.data.loader import Answers, Batch, PairedRows, TrainBatches
 from pipeline.data.rows import select_rows
 from pipeline.evaluate import score, student_answers
-from pipeline.launch import reduced
+from pipeline.launch import share_of_valid
 from pipeline.layout import Layout
 from pipeline.models import Explainable, build, load_weights
 from pipeline.models.sync_norm import convert
@@ -54,7 +54,7 @@ class StudentStep:
         explained = student(images, teacher.classes, differentiable=True)
         logit_loss = self._logit_loss(explained.logits, teacher.logits, batch.labels)
         explanation_loss, valid = losses.explanation_loss(explained.maps, teacher.maps)
-        explanation_loss = explanation_loss * self._share_of_valid(valid)
+        explanation_loss = explanation_loss * share_of_valid(self.fabric, valid)
         return {
             "loss": logit_loss + settings.explanation_weight * explanation_loss,
             "logit_loss": logit_loss,
@@ -76,13 +76,6 @@ class StudentStep:
         if self.settings.loss == "kd":
             return losses.kd_loss(student, teacher, self.settings.temperature)
         return losses.label_loss(self.settings.loss, student, labels)
-
-    def _share_of_valid(self, valid: Tensor) -> Tensor | float:
-        """Makes the mean of the processes' means the mean over all valid samples of the global batch."""
-        if self.fabric.world_size == 1:
-            return 1.0
-        mean = reduced(self.fabric, valid.detach().float(), "mean")
-        return torch.where(mean > 0, valid / mean.clamp(min=1e-9), torch.zeros_like(mean))
 
 
 def distill(

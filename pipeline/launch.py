@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
@@ -87,6 +88,17 @@ def reduced(fabric: Fabric, values: Tensor, how: Literal["mean", "sum"]) -> Tens
     result = fabric.all_reduce(values.clone(), reduce_op=how)  # torch reduces in place
     assert isinstance(result, Tensor)
     return result
+
+
+def share_of_valid(fabric: Fabric, valid: Tensor) -> Tensor | float:
+    """Makes the mean of the processes' means over their valid samples that over all valid ones of the global batch.
+
+    `valid` is the share of this process's samples that are valid; multiply its mean by the result.
+    """
+    if fabric.world_size == 1:
+        return 1.0
+    mean = reduced(fabric, valid.detach().float(), "mean")
+    return torch.where(mean > 0, valid / mean.clamp(min=1e-9), torch.zeros_like(mean))
 
 
 def _processes() -> tuple[int, int]:

@@ -18,6 +18,7 @@ from pipeline.config import Experiment, GuideConfig, TeachConfig
 from pipeline.data.loader import Batch, PairedRows, TrainBatches
 from pipeline.evaluate import score, student_answers
 from pipeline.explainers import heat
+from pipeline.launch import share_of_valid
 from pipeline.layout import Layout
 from pipeline.models import build
 from pipeline.models.sync_norm import convert
@@ -34,6 +35,7 @@ class TeacherStep:
     loss: str
     guide: GuideConfig | None
     augment: PairedAugment
+    fabric: Fabric
 
     def __call__(self, teacher: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
         images, masks, _ = self.augment(batch.images, batch.masks, batch.rows, epoch)
@@ -42,6 +44,7 @@ class TeacherStep:
         explained = teacher(images, batch.labels, differentiable=True)
         classification = losses.label_loss(self.loss, explained.logits, batch.labels)
         outside, valid = losses.energy_guidance_loss(heat(explained.maps, images), masks)
+        outside = outside * share_of_valid(self.fabric, valid)
         total = classification + self.guide.weight * outside
         return {"loss": total, "classification": classification, "outside": outside, "valid_maps": valid}
 
@@ -94,6 +97,7 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
             PairedAugment(
                 settings.augment, seed=settings.seed, keys=images.keys, map_size=net.map_size(images.size)
             ),
+            fabric,
         ),
         run,
         validate=(

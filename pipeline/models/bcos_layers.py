@@ -93,7 +93,10 @@ def hold_layers(net: N) -> N:
     that is not known here.
     """
     layers = [module for module in net.modules() if hasattr(module, "set_explanation_mode")]
-    foreign = {type(layer).__name__ for layer in layers if type(layer) not in {*_HELD, *_HELD.values()}}
+    held = tuple(_HELD.values())
+    foreign = {
+        type(layer).__name__ for layer in layers if not (type(layer) in _HELD or isinstance(layer, held))
+    }
     if foreign or not layers:
         raise ModelError(
             f"{type(net).__name__} "
@@ -146,10 +149,14 @@ class HeldBatchNorm2d(BatchNormUncentered2d):
     def forward(self, input: Tensor) -> Tensor:
         variance = self.running_var
         if self.training or variance is None:
-            variance = input.var((0, 2, 3), correction=0)
+            variance = self._batch_variance(input)
             if self.training and self.track_running_stats:
                 self._track(variance.detach())
         return _affine(input / _spread(hold((variance + self.eps).sqrt(), self.detach)), self)
+
+    def _batch_variance(self, input: Tensor) -> Tensor:
+        """Of the batch around its mean, [D]; `sync_norm` puts the batch of all processes here."""
+        return input.var((0, 2, 3), correction=0)
 
     def _track(self, variance: Tensor) -> None:
         assert self.running_var is not None

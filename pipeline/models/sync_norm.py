@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from artifacts.errors import ModelError
+from pipeline.models.bcos_layers import HeldBatchNorm2d
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes; gradients of any order are summed over them likewise."""
+    """Sum of a tensor over all processes; gradients of any order are summed over them likewise.
+
+    A backward pass that brings no gradient here (`bcos_layers.hold`) has no traffic. Whether it brings one
+    must not depend on the process.
+    """
 
     @staticmethod
     def forward(tensor: Tensor) -> Tensor:
@@ -31,10 +36,11 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         """Nothing of the forward pass is needed."""
+        ctx.set_materialize_grads(False)  # else no gradient arrives as zeros, which would be sent around
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _SumOverProcesses.apply(gradient)
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else _SumOverProcesses.apply(gradient)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -46,8 +52,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x float [B,D,H,W] -> the same shape and dtype."""
-        synced = self.training and dist.is_initialized() and dist.get_world_size() > 1
-        y = self._normalised_globally(x) if synced else super().forward(x)
+        y = self._normalised_globally(x) if self.training and _several_processes() else super().forward(x)
         for after in self.children():
             y = after(y)
         return y
@@ -73,22 +78,39 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
 
 
-def convert(module: M) -> M:
-    """Replace every BatchNorm layer inside `module` by a SyncedBatchNorm2d, in place; parameters stay the
-    same objects.
+class SyncedHeldBatchNorm2d(HeldBatchNorm2d):
+    """HeldBatchNorm2d of B-cos networks (same state dict) whose training variance spans all processes.
 
-    Do it before the optimiser and the distributed wrapper are made. Raises ModelError for a normalisation
-    over the batch that is neither BatchNorm2d nor timm's BatchNormAct2d.
+    It is held as any B-cos weight: an inner backward pass takes it as a constant, and needs no other process.
+    """
+
+    def _batch_variance(self, input: Tensor) -> Tensor:
+        if not (self.training and _several_processes()):
+            return super()._batch_variance(input)
+        _, variance, _ = _global_moments(input.to(torch.promote_types(input.dtype, torch.float32)))
+        return variance.to(input.dtype)
+
+
+def convert(module: M) -> M:
+    """Synchronise every BatchNorm layer inside `module` (SyncedBatchNorm2d, SyncedHeldBatchNorm2d), in place;
+    parameters stay the same objects.
+
+    Do it before the optimiser and the distributed wrapper are made, and after a BCosClassifier is: its layers
+    are held by then. Raises ModelError for a normalisation over the batch that is none of BatchNorm2d, timm's
+    BatchNormAct2d and `bcos_layers.HeldBatchNorm2d`.
     """
     for name, child in module.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, SyncedBatchNorm2d):
+        if isinstance(child, _BatchNorm) and not isinstance(child, SyncedBatchNorm2d | SyncedHeldBatchNorm2d):
             setattr(module, name, _synced(child))
         else:
             convert(child)
     return module
 
 
-def _synced(layer: _BatchNorm) -> SyncedBatchNorm2d:
+def _synced(layer: _BatchNorm) -> SyncedBatchNorm2d | SyncedHeldBatchNorm2d:
+    if type(layer) is HeldBatchNorm2d:
+        layer.__class__ = SyncedHeldBatchNorm2d  # as `hold_layers` does: it keeps the package's own state
+        return layer
     if type(layer).__name__ not in ("BatchNorm2d", "BatchNormAct2d"):
         raise ModelError(
             f"{type(layer).__name__} cannot be synchronised over processes, only BatchNorm2d can; "
@@ -101,6 +123,10 @@ def _synced(layer: _BatchNorm) -> SyncedBatchNorm2d:
     for name, child in layer.named_children():  # BatchNormAct2d: drop, act
         setattr(synced, name, child)
     return synced.train(layer.training)
+
+
+def _several_processes() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,27 +1,31 @@
 """Two processes that share their batch statistics compute what one process does on the joined batch.
 
-The two gloo processes run this file: `python test_sync_norm.py RANK FOLDER`. The same functions, called here without
-a process group on the joined batch, are the reference.
+The two gloo processes run this file: `python test_sync_norm.py RANK FOLDER`. The same functions, called here
+without a process group on the joined batch, are the reference.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from bcos.modules.norms import BatchNormUncentered2d
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from artifacts.errors import ModelError
 from pipeline import explainers
-from pipeline.models.sync_norm import SyncedBatchNorm2d, convert
+from pipeline.models.bcos_layers import HeldBatchNorm2d, constant_in_backward
+from pipeline.models.sync_norm import SyncedBatchNorm2d, SyncedHeldBatchNorm2d, convert
 from pipeline.models.toy import ToyResNet
 
 ROOT = Path(__file__).parents[2]
@@ -43,14 +47,29 @@ def norms() -> nn.Sequential:
     return net.double()
 
 
-def second_order(net: nn.Module, rows: slice) -> dict[str, Tensor]:
-    """Outputs, statistics and gradients of sum(f) + sum(|d sum(f) / d x|^2), which differentiates the net twice."""
+def held_norms() -> nn.Sequential:
+    """The same of a B-cos network."""
+    net = norms()
+    net[0], net[3] = HeldBatchNorm2d(3), HeldBatchNorm2d(4, momentum=None)
+    net[3].bias = None
+    return net.double()
+
+
+def second_order(net: nn.Module, rows: slice, held: bool = False) -> dict[str, Tensor]:
+    """Outputs, statistics and gradients of sum(f) + sum(|d sum(f) / d x|^2): differentiates the net twice.
+
+    `held`: d sum(f) / d x takes held statistics as constants.
+    """
     x = batch(6)[rows].requires_grad_()
     y = net(x)
-    (slope,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+    with constant_in_backward() if held else nullcontext():
+        (slope,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
     (y.tanh().sum() + slope.square().sum()).backward()
     gradients = {f"grad.{name}": parameter.grad for name, parameter in net.named_parameters()}
     return {"y": y.detach(), "grad": x.grad, **gradients, **dict(net.named_buffers())}
+
+
+NETS = {"norms": (norms, False), "held": (held_norms, True), "held, not constant": (held_norms, False)}
 
 
 def student() -> nn.Module:
@@ -59,7 +78,7 @@ def student() -> nn.Module:
 
 
 def training_step(explainer: nn.Module, rows: slice) -> dict[str, Tensor]:
-    """Parameter gradients of a loss on logits and maps, the mean over the batch; `explainer` may be wrapped."""
+    """Parameter gradients of a loss on logits and maps, the mean over the batch; it may be wrapped."""
     out = explainer(batch(16)[rows], differentiable=True)
     loss = (out.logits.square().sum(1) + (out.maps - 1).square().sum((1, 2, 3))).mean()
     loss.backward()
@@ -70,7 +89,8 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    save_file(second_order(convert(norms()), ROWS[rank]), folder / f"norms-{rank}.safetensors")
+    for name, (net, held) in NETS.items():
+        save_file(second_order(convert(net()), ROWS[rank], held), folder / f"{name}-{rank}.safetensors")
     wrapped = DistributedDataParallel(student())
     save_file(training_step(wrapped, HALVES[rank]), folder / f"step-{rank}.safetensors")
     dist.destroy_process_group()
@@ -92,17 +112,21 @@ def close(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_outputs_statistics_and_second_order_gradients_equal_the_joined_batch(two_processes: Path) -> None:
-    zero, one = (load_file(two_processes / f"norms-{rank}.safetensors") for rank in (0, 1))
-    expected = second_order(norms(), slice(None))
-    for name, reference in expected.items():
-        if name in ("y", "grad"):
-            close(torch.cat([zero[name], one[name]]), reference)
-        elif name.startswith("grad."):
-            close(zero[name] + one[name], reference)
+@pytest.mark.parametrize("name", NETS)
+def test_outputs_statistics_and_second_order_gradients_equal_the_joined_batch(
+    name: str, two_processes: Path
+) -> None:
+    zero, one = (load_file(two_processes / f"{name}-{rank}.safetensors") for rank in (0, 1))
+    net, held = NETS[name]
+    expected = second_order(net(), slice(None), held)
+    for key, reference in expected.items():
+        if key in ("y", "grad"):
+            close(torch.cat([zero[key], one[key]]), reference)
+        elif key.startswith("grad."):
+            close(zero[key] + one[key], reference)
         else:
-            close(zero[name].double(), reference.double())
-            assert torch.equal(zero[name], one[name])
+            close(zero[key].double(), reference.double())
+            assert torch.equal(zero[key], one[key])
 
 
 def test_a_distributed_explaining_student_gets_the_joined_batchs_gradients(two_processes: Path) -> None:
@@ -112,9 +136,12 @@ def test_a_distributed_explaining_student_gets_the_joined_batchs_gradients(two_p
             close(gradient, expected[name])
 
 
-def test_alone_it_is_batch_norm() -> None:
-    plain, synced = second_order(norms(), slice(None)), convert(norms())
-    assert all(torch.equal(plain[k], v) for k, v in second_order(synced, slice(None)).items())
+@pytest.mark.parametrize("name", NETS)
+def test_alone_it_is_batch_norm(name: str) -> None:
+    net, held = NETS[name]
+    plain, synced = second_order(net(), slice(None), held), second_order(convert(net()), slice(None), held)
+    assert plain.keys() == synced.keys()
+    assert all(torch.equal(plain[k], v) for k, v in synced.items())
 
 
 def test_converting_keeps_parameters_state_and_mode() -> None:
@@ -128,6 +155,17 @@ def test_converting_keeps_parameters_state_and_mode() -> None:
     net.load_state_dict(state)
 
 
+def test_converting_a_held_norm_keeps_parameters_state_and_mode() -> None:
+    net = held_norms().eval()
+    state, weight = net.state_dict(), net[3].weight
+    convert(convert(net))
+    assert type(net[3]) is SyncedHeldBatchNorm2d
+    assert net[3].weight is weight
+    assert (net[3].bias, net[3].momentum, net[3].training) == (None, None, False)
+    assert list(net.state_dict()) == list(state)
+    copy.deepcopy(net).load_state_dict(state)
+
+
 def test_timms_norm_with_an_activation_is_converted() -> None:
     layers = pytest.importorskip("timm.layers")
     net = nn.Sequential(layers.BatchNormAct2d(3, inplace=False))
@@ -137,9 +175,10 @@ def test_timms_norm_with_an_activation_is_converted() -> None:
     assert list(net.state_dict()) == state
 
 
-def test_other_batch_norms_are_refused() -> None:
-    with pytest.raises(ModelError, match="BatchNorm1d cannot be synchronised"):
-        convert(nn.Sequential(nn.BatchNorm1d(3)))
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, BatchNormUncentered2d])
+def test_other_batch_norms_are_refused(layer: type[nn.Module]) -> None:
+    with pytest.raises(ModelError, match=f"{layer.__name__} cannot be synchronised"):
+        convert(nn.Sequential(layer(3)))
 
 
 if __name__ == "__main__":
