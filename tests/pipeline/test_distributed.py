@@ -17,15 +17,7 @@ WORKER = Path(__file__).parent / "ddp_worker.py"
 def _run(root: Path, student: str, processes: int) -> list[float]:
     launch = [sys.executable]
     if processes > 1:
-        launch += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--master-addr",
-            "127.0.0.1",
-        ]
-        launch += ["--master-port", "29577"]
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [*launch, str(WORKER), str(root), student],
