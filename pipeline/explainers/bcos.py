@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.explainers.gradcam import Explained
+from pipeline.explainers.gradcam import Explained, cotangent
 from pipeline.models.bcos import BCosClassifier
 from pipeline.models.bcos_layers import constant_in_backward, constant_in_forward
 
@@ -50,24 +50,21 @@ class BCos(nn.Module):
         with torch.enable_grad():
             x, logits, classes = self._decide(images, classes)
             with constant_in_backward():
-                (maps,) = torch.autograd.grad(logits, x, self._cotangent(logits, classes), create_graph=True)
+                (maps,) = torch.autograd.grad(
+                    logits, x, cotangent(self.logit, logits, classes), create_graph=True
+                )
         return Explained(logits, maps, classes)
 
     def _constant(self, images: Tensor, classes: Tensor | None) -> Explained:
         with torch.inference_mode(False), torch.enable_grad(), constant_in_forward():
             x, logits, classes = self._decide(images, classes)
-            (maps,) = torch.autograd.grad(logits, x, self._cotangent(logits, classes))
+            (maps,) = torch.autograd.grad(logits, x, cotangent(self.logit, logits, classes))
         return Explained(logits.detach(), maps, classes)
 
     def _decide(self, images: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = self.model.add_inverse(images.detach()).requires_grad_()
         logits = self.model.net(x)
         return x, logits, logits.argmax(1) if classes is None else classes
-
-    def _cotangent(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """d explained quantity / d logits [B,C]: one-hot, minus 1/C when centred."""
-        base = F.one_hot(classes, logits.shape[1]).to(logits.dtype)
-        return base if self.logit == "raw" else base - 1 / logits.shape[1]
 
 
 def contributions(maps: Tensor, images: Tensor) -> Tensor:

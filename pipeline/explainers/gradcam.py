@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.classifier import Classifier
@@ -60,15 +61,14 @@ class GradCAM(nn.Module):
             features = self.model.features(images)
             logits, pull = torch.func.vjp(self.model.head, features)  # type: ignore[misc]  # two: no aux
             classes = logits.argmax(1) if classes is None else classes
-            (gradient,) = pull(self._cotangent(logits, classes))
+            (gradient,) = pull(cotangent(self.logit, logits, classes))
             return Explained(_wide(logits), _weighted_sum(gradient, features), classes)
 
-    def _cotangent(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """d explained quantity / d logits [B,C]: one-hot, minus 1/C when centred."""
-        base = (
-            torch.zeros_like(logits) if self.logit == "raw" else torch.full_like(logits, -1 / logits.shape[1])
-        )
-        return base.scatter_add(1, classes[:, None], torch.ones_like(logits[:, :1]))
+
+def cotangent(logit: str, logits: Tensor, classes: Tensor) -> Tensor:
+    """d explained quantity / d logits [B,C]: one-hot (`raw`), minus 1/C when `centred`."""
+    base = F.one_hot(classes, logits.shape[1]).to(logits.dtype)
+    return base if logit == "raw" else base - 1 / logits.shape[1]
 
 
 def _weighted_sum(gradient: Tensor, features: Tensor) -> Tensor:
