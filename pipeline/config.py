@@ -126,10 +126,20 @@ class ModelConfig(Settings):
     model: str
     width: Positive = Field(16, description="channels of the first block; toy/resnet and bcos/small only")
     weights: str | None = Field(
-        None, description="a .safetensors or state-dict file, `lite0`, or null for random"
+        None,
+        description="a .safetensors or state-dict file; published: torchvision:TAG, timm:TAG, bcos:TAG, lite0, lite2; "
+        "none or null: random",
     )
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_the_familys(self) -> ModelConfig:
+        origin, colon, _ = (self.weights or "").partition(":")
+        family = self.model.partition("/")[0]
+        if colon and origin in ("torchvision", "timm", "bcos") and origin != family:
+            raise ValueError(f"weights: {self.weights} fit a model named {origin}/NAME, not {self.model}")
+        return self
 
 
 class Schedule(Settings):

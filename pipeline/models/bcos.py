@@ -5,7 +5,7 @@ without bias (ViT), logit bias -log(C - 1), and an image x enters as the six cha
 shifted nor scaled. Every logit is then W(x) [x, 1 - x] + bias, and W(x) explains it (`explainers.bcos`).
 
 State dicts are those of the package, so its published ImageNet weights (C = 1000; release v0.0.1-weights of
-B-cos/B-cos-v2; nothing here downloads them) load as they are:
+B-cos/B-cos-v2; `weights: bcos:TAG`) load as they are:
 
     resnet18                     resnet_18-68b4160fff.pth
     resnet34                     resnet_34-a63425a03e.pth

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,8 @@ class Classifier(nn.Module):
 
     `head(features(images))` is `net` applied to the normalised images, exactly. With `mean` and `std` None
     the images go in as they are. The weights are those of `net`: save and load `classifier.net.state_dict()`.
+    `view` (size, resize, interpolation as in `ViewConfig`) is the canonical view that published weights were made
+    for, if known: recorded with the preprocessing, not applied.
 
     Raises ModelError when `net` gives no spatial features.
     """
@@ -27,12 +29,17 @@ class Classifier(nn.Module):
     std: Tensor | None
 
     def __init__(
-        self, net: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+        self,
+        net: nn.Module,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        view: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
             raise ModelError("mean and std belong together: give both or neither")
         self.net = net
+        self.view = None if view is None else dict(view)
         self._split = split(net)
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
@@ -63,9 +70,11 @@ class Classifier(nn.Module):
     @property
     def preprocess(self) -> dict[str, Any]:
         """What happens to an image before `net`, as the store's manifest records it."""
+        made_for = {} if self.view is None else {"view": dict(self.view)}
         if self.mean is None or self.std is None:
-            return {"kind": "none"}
-        return {"kind": "mean_std", "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+            return {"kind": "none", **made_for}
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return {"kind": "mean_std", "mean": mean, "std": std, **made_for}
 
     def _normalised(self, images: Tensor) -> Tensor:
         if self.mean is None or self.std is None:

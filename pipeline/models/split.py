@@ -41,8 +41,9 @@ def no_features(net: nn.Module) -> ModelError:
     return ModelError(
         f"{type(net).__name__} gives no spatial features [batch, channel, y, x], which GradCAM needs; use a "
         "convolutional network (torchvision resnet, resnext, convnext, densenet, efficientnet, mobilenet, "
-        "regnet, shufflenet, squeezenet, vgg, swin; most of timm), or a module with forward_features(images) "
-        "and forward_head(features)"
+        "regnet, shufflenet, squeezenet, vgg, googlenet, inception, swin, maxvit; most of timm), a transformer "
+        "that explains itself (bcos/vitc_ti_patch1_14), or a module with forward_features(images) and "
+        "forward_head(features)"
     )
 
 
@@ -78,6 +79,12 @@ def _torchvision(net: nn.Module) -> Split | None:
             return Split(_features, _squeezenet_head)
         case tv.SwinTransformer():
             return Split(_swin_features, _swin_head)
+        case tv.GoogLeNet():  # without the auxiliary classifiers of training
+            return Split(_googlenet_features, _pool_dropout_fc)
+        case tv.Inception3():
+            return Split(_inception_features, _pool_dropout_fc)
+        case tv.MaxVit():
+            return Split(_maxvit_features, _classifier)
     return None
 
 
@@ -128,6 +135,38 @@ def _mnasnet_features(net: Any, x: Tensor) -> Tensor:
 
 def _swin_features(net: Any, x: Tensor) -> Tensor:
     return net.permute(net.norm(net.features(x)))  # kept channels last inside
+
+
+def _googlenet_features(net: Any, x: Tensor) -> Tensor:
+    x = net.maxpool1(net.conv1(net._transform_input(x)))
+    x = net.maxpool2(net.conv3(net.conv2(x)))
+    x = net.maxpool3(net.inception3b(net.inception3a(x)))
+    x = net.inception4c(net.inception4b(net.inception4a(x)))
+    x = net.maxpool4(net.inception4e(net.inception4d(x)))
+    return net.inception5b(net.inception5a(x))
+
+
+def _inception_features(net: Any, x: Tensor) -> Tensor:
+    x = net.Conv2d_2b_3x3(net.Conv2d_2a_3x3(net.Conv2d_1a_3x3(net._transform_input(x))))
+    x = net.maxpool2(net.Conv2d_4a_3x3(net.Conv2d_3b_1x1(net.maxpool1(x))))
+    x = net.Mixed_5d(net.Mixed_5c(net.Mixed_5b(x)))
+    x = net.Mixed_6e(net.Mixed_6d(net.Mixed_6c(net.Mixed_6b(net.Mixed_6a(x)))))
+    return net.Mixed_7c(net.Mixed_7b(net.Mixed_7a(x)))
+
+
+def _maxvit_features(net: Any, x: Tensor) -> Tensor:
+    x = net.stem(x)
+    for block in net.blocks:
+        x = block(x)
+    return x
+
+
+def _classifier(net: Any, features: Tensor) -> Tensor:
+    return net.classifier(features)
+
+
+def _pool_dropout_fc(net: Any, features: Tensor) -> Tensor:
+    return net.fc(torch.flatten(net.dropout(net.avgpool(features)), 1))
 
 
 def _pool_fc(net: Any, features: Tensor) -> Tensor:

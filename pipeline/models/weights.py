@@ -1,11 +1,15 @@
-"""Weights in and out of files, never pickled, and their fingerprint."""
+"""Weights in and out of files, or from a URL, never pickled; and their fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
+import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
+from urllib.parse import urlparse
 
 import safetensors.torch
 import torch
@@ -56,49 +60,74 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds more than tensors ({_first_line(error)}); save the network's "
             "state_dict() as .safetensors or with torch.save"
         ) from error
-    return _state_dict(stored, path)
+    return _state_dict(stored, str(path))
+
+
+def fetch(url: str) -> dict[str, Tensor]:
+    """The state dict at `url` on the CPU, from torch's cache (TORCH_HOME) or downloaded into it.
+
+    The hash in the file's name, if any, is checked on download. Raises ModelError when that fails.
+    """
+    try:
+        with redirect_stdout(sys.stderr):  # where torch says that it downloads
+            stored = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+        raise ModelError(
+            f"cannot get the weights {url} ({_first_line(error)}); try again, or download that file elsewhere and put "
+            f"it at {cached}"
+        ) from error
+    return _state_dict(stored, url)
 
 
 def fill(net: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
     """Load `weights` into `net`. Raises ModelError with the differences in names and shapes, if any."""
-    differences = _differences(net.state_dict(), weights)
+    own = net.state_dict()
+    differences = _differences(own, weights)
     if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
         raise ModelError(
-            f"the weights in {origin} do not fit {type(net).__name__}: {'; '.join(differences)}; set "
-            "model (and width) and the number of classes to what the weights were trained with"
+            f"the weights in {origin} do not fit {type(net).__name__}; set model (and width) and the number of classes "
+            f"to what the weights were trained with:\n{lines}"
         )
-    net.load_state_dict(dict(weights))
+    versioned = OrderedDict(weights)  # a file without its layers' versions (safetensors) has today's
+    versioned._metadata = getattr(weights, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
+    net.load_state_dict(versioned)
 
 
 def _bare(model: nn.Module) -> nn.Module:
     return model.net if isinstance(model, Classifier | BCosClassifier) else model
 
 
-def _state_dict(stored: object, path: Path) -> dict[str, Tensor]:
+def _state_dict(stored: object, origin: str) -> dict[str, Tensor]:
     if isinstance(stored, dict):
         inner = stored.get("state_dict", stored.get("model", stored))
         if isinstance(inner, dict) and all(isinstance(value, Tensor) for value in inner.values()):
             return inner
-    raise ModelError(f"{path} holds no state dict; save the network's state_dict() with torch.save")
+    raise ModelError(f"{origin} holds no state dict; save the network's state_dict() with torch.save")
 
 
 def _differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Three lines at most."""
     shapes = (
-        f"{name} is {list(given[name].shape)}, not {list(tensor.shape)}"
+        f"{name}: file {list(given[name].shape)}, model {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     )
     groups = {
-        "missing": _first_five(name for name in expected if name not in given),
-        "unexpected": _first_five(name for name in given if name not in expected),
-        "other shape": _first_five(shapes),
+        "other shape": _first(3, shapes),
+        "missing in the file": _first(5, (name for name in expected if name not in given)),
+        "unknown to the model": _first(5, (name for name in given if name not in expected)),
     }
     return [f"{kind}: {names}" for kind, names in groups.items() if names]
 
 
-def _first_five(names: Iterable[str]) -> str:
+def _first(most: int, names: Iterable[str]) -> str:
     found = list(names)
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    more = [f"and {len(found) - most} more"] if len(found) > most else []
+    return "; ".join([*found[:most], *more])
 
 
 def _first_line(error: Exception) -> str:
