@@ -42,7 +42,7 @@ from pipeline.pack import pack_split
 from pipeline.precompute import answer_shards
 from pipeline.progress import Quiet
 
-SIZE, PER_SHARD, BATCH, ROUNDS = 224, 128, 16, 5
+SIZE, PER_SHARD, BATCH, ROUNDS = 224, 256, 16, 5
 
 
 class Row(NamedTuple):
@@ -143,7 +143,7 @@ def writing(options: argparse.Namespace, images: ImageSet) -> Iterator[Row]:
         ("B-cos", bcos_teacher(options), "int6"),
     ):
         path = options.folder / f"write-{name}"
-        few = min(len(images), 128 if name == "B-cos" else len(images))
+        few = min(len(images), PER_SHARD if name == "B-cos" else 2 * PER_SHARD)
         shards = range(few // PER_SHARD)
 
         def stored(
