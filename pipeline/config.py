@@ -233,6 +233,10 @@ class ExplainConfig(Settings):
     logit: Literal["raw", "centred"] = Field(
         "raw", description="raw: paper; centred: class logit minus mean logit"
     )
+    compare_at: Literal["student", "input"] = Field(
+        "student",
+        description="size at which maps are compared: the student's own, or the image's (the authors' code)",
+    )
 
 
 class StoreConfig(Settings):

@@ -53,7 +53,10 @@ class StudentStep:
             return {"loss": self._logit_loss(student(images), teacher.logits, batch.labels)}
         explained = student(images, teacher.classes, differentiable=True)
         logit_loss = self._logit_loss(explained.logits, teacher.logits, batch.labels)
-        explanation_loss, valid = losses.explanation_loss(explained.maps, teacher.maps)
+        student_maps = explained.maps
+        if self.augment.map_size != student_maps.shape[-2:]:  # compare_at: input
+            student_maps = resample(student_maps, self.augment.map_size)
+        explanation_loss, valid = losses.explanation_loss(student_maps, teacher.maps)
         explanation_loss = explanation_loss * share_of_valid(self.fabric, valid)
         return {
             "loss": logit_loss + settings.explanation_weight * explanation_loss,
@@ -103,7 +106,7 @@ def distill(
     if fabric.world_size > 1:
         convert(net.net)
     explainer = build_explainer(experiment.explain, net)
-    augment = _paired_augment(settings, seed, images, net)
+    augment = _paired_augment(experiment, settings, seed, images, net)
     teacher = _online_teacher(experiment, layout, fabric, images) if settings.asks_online else None
     validation = _scored_rows(experiment, layout, experiment.evaluate.select, settings.cache_mib)
     fit(
@@ -191,9 +194,14 @@ def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStor
     return PairedRows(images, store if frozen else None, rows=rows, cache_mib=settings.cache_mib)
 
 
-def _paired_augment(settings: StudentConfig, seed: int, images: ImageSet, net: Explainable) -> PairedAugment:
-    """Maps are compared at the student's own resolution, where a perfect student scores 1."""
-    return PairedAugment(settings.augment, seed=seed, keys=images.keys, map_size=net.map_size(images.size))
+def _paired_augment(
+    experiment: Experiment, settings: StudentConfig, seed: int, images: ImageSet, net: Explainable
+) -> PairedAugment:
+    """At the student's own resolution a perfect student scores 1; at the images' it is the authors' comparison."""
+    size = (images.size, images.size)
+    if experiment.explain.compare_at == "student":
+        size = net.map_size(images.size)
+    return PairedAugment(settings.augment, seed=seed, keys=images.keys, map_size=size)
 
 
 def _online_teacher(experiment: Experiment, layout: Layout, fabric: Fabric, images: ImageSet) -> nn.Module:

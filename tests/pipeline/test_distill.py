@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from artifacts.errors import ConfigError
 from pipeline import distill as module
+from pipeline import losses
 from pipeline.config import Experiment
 from pipeline.distill import distill
 from pipeline.layout import Layout
 from pipeline.progress import Quiet
 from pipeline.run import Run
+from pipeline.warp import resample
 
 Tiny = Callable[..., Experiment]
 
@@ -130,3 +132,26 @@ def test_bf16_students_train(prepared: Layout, experiment_of: Tiny) -> None:
 
     result = _train(experiment_of(train__precision="bf16"), prepared, start("bf16"), "e2kd-frozen")
     assert result["splits"]
+
+
+@pytest.mark.parametrize("student", ["e2kd", "e2kd-frozen"])
+def test_maps_compared_at_the_images_size(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny, monkeypatch: pytest.MonkeyPatch, student: str
+) -> None:
+    """The authors' comparison: both maps brought to the images' size, bilinearly, before the cosine."""
+    seen = []
+    real = losses.explanation_loss
+
+    def spy(maps: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((maps.shape, targets.shape))
+        return real(maps, targets)
+
+    monkeypatch.setattr(losses, "explanation_loss", spy)
+    _train(experiment_of(explain__compare_at="input", train__epochs=1), prepared, fabric, student)
+    assert set(seen) == {((16, 1, 48, 48), (16, 1, 48, 48))}
+
+
+def test_bringing_a_map_to_the_images_size_is_bilinear() -> None:
+    maps = torch.rand(2, 1, 7, 7)
+    expected = torch.nn.functional.interpolate(maps, size=(48, 48), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(resample(maps, (48, 48)), expected, rtol=1e-4, atol=1e-5)
