@@ -206,8 +206,8 @@ def test_export_and_import_of_the_wrong_thing_exit_2(
     for arguments, message in [
         (["export", tmp_path / "nowhere", tmp_path / "x"], "there is no teacher store at"),
         (["export", store, tmp_path / "x", "--images", tmp_path / "nowhere"], "is not there; run: e2kd pack"),
-        (["import", images, tmp_path / "i", tmp_path / "s"], "is no export: it has no e2kd.json"),
-        (["import", tmp_path / "nowhere", tmp_path / "i", tmp_path / "s"], "is no export"),
+        (["import", images, tmp_path / "i", tmp_path / "s"], "has no e2kd.json: make an export with"),
+        (["import", tmp_path / "nowhere", tmp_path / "i", tmp_path / "s"], "has no e2kd.json"),
     ]:
         assert e2kd(*arguments) == 2
         error = capsys.readouterr().err
