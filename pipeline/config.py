@@ -211,6 +211,12 @@ class StudentConfig(Schedule, ModelConfig):
     )
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="tau of Eq. 1")
     explanation_weight: NonNegative = Field(0.0, description="lambda of Eq. 2")
+    explain_every: Positive = Field(
+        1, description="the explanation's term in every k-th step only (lambda is not scaled up)"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the step, explanation included; the first takes a minute or two"
+    )
     mode: Literal["frozen", "online"] = Field(
         "frozen", description="stored targets, or the teacher in each step"
     )

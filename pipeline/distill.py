@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from artifacts import ImageSet, TeacherStore, open_images
 from artifacts.errors import ConfigError
-from pipeline import losses
 from pipeline.augment import PairedAugment
+from pipeline.compiled import CompiledLosses, LossesOf, StepLosses
 from pipeline.config import Experiment, StudentConfig
 from pipeline.data.loader import Answers, Batch, PairedRows, TrainBatches
 from pipeline.data.rows import select_rows
@@ -41,44 +41,35 @@ class StudentStep:
     augment: PairedAugment
     teacher: nn.Module | None
     fabric: Fabric
+    compiled: LossesOf | None = None
 
-    def __call__(self, student: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
+    def __call__(self, student: nn.Module, batch: Batch, epoch: int, step: int = 0) -> dict[str, Tensor]:
         settings = self.settings
-        stored_maps = batch.teacher.maps if batch.teacher else None
+        explain = settings.explanation_weight > 0 and step % settings.explain_every == 0
+        stored_maps = batch.teacher.maps if batch.teacher and explain else None
         images, maps, _ = self.augment(batch.images, stored_maps, batch.rows, epoch)
-        if not settings.needs_teacher:
-            return {"loss": losses.label_loss(settings.loss, student(images), batch.labels)}
-        teacher = self._targets(batch, images, maps)
-        if not settings.explanation_weight:
-            return {"loss": self._logit_loss(student(images), teacher.logits, batch.labels)}
-        explained = student(images, teacher.classes, differentiable=True)
-        logit_loss = self._logit_loss(explained.logits, teacher.logits, batch.labels)
-        student_maps = explained.maps
-        if self.augment.map_size != student_maps.shape[-2:]:  # compare_at: input
-            student_maps = resample(student_maps, self.augment.map_size)
-        explanation_loss, valid = losses.explanation_loss(student_maps, teacher.maps)
-        explanation_loss = explanation_loss * share_of_valid(self.fabric, valid)
-        return {
-            "loss": logit_loss + settings.explanation_weight * explanation_loss,
-            "logit_loss": logit_loss,
-            "explanation_loss": explanation_loss,
-            "valid_maps": valid,
-            "map_norm": explained.maps.detach().flatten(1).norm(dim=1).mean(),
-        }
+        teacher = self._targets(batch, images, maps, explain) if settings.needs_teacher else None
+        losses = self.compiled or StepLosses(settings)
+        found = losses(student, images, batch.labels, teacher, explain)
+        if not explain:
+            return {"loss": found["logit_loss"]}
+        explanation_loss = found["explanation_loss"] * share_of_valid(self.fabric, found["valid_maps"])
+        total = found["logit_loss"] + settings.explanation_weight * explanation_loss
+        return {"loss": total, **found, "explanation_loss": explanation_loss}
 
-    def _targets(self, batch: Batch, images: Tensor, maps: Tensor | None) -> Answers:
-        """As stored, the map warped with the image; or the online teacher's answers for these very images."""
+    def _targets(self, batch: Batch, images: Tensor, maps: Tensor | None, explain: bool) -> Answers:
+        """As stored, the map warped with the image; or the online teacher's answers for these very images. Maps are
+        for `explain` only."""
         if self.teacher is None:
             assert batch.teacher is not None
-            assert maps is not None
-            return batch.teacher._replace(maps=maps)
-        answer = self.teacher(images)
-        return Answers(answer.logits, answer.classes, resample(answer.maps, self.augment.map_size))
-
-    def _logit_loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        if self.settings.loss == "kd":
-            return losses.kd_loss(student, teacher, self.settings.temperature)
-        return losses.label_loss(self.settings.loss, student, labels)
+            return batch.teacher if maps is None else batch.teacher._replace(maps=maps)
+        with torch.no_grad():
+            answer = self.teacher(images, explain=explain)
+        return Answers(
+            answer.logits,
+            answer.classes,
+            resample(answer.maps, self.augment.map_size) if explain else answer.maps,
+        )
 
 
 def distill(
@@ -109,9 +100,12 @@ def distill(
     augment = _paired_augment(experiment, settings, seed, images, net)
     teacher = _online_teacher(experiment, layout, fabric, images) if settings.asks_online else None
     validation = _scored_rows(experiment, layout, experiment.evaluate.select, settings.cache_mib)
+    compiled = (
+        CompiledLosses(StepLosses(settings), explainer, fabric, progress.say) if settings.compile else None
+    )
     fit(
         fabric,
-        explainer if settings.explanation_weight else net,
+        explainer,
         net.net,
         settings,
         seed,
@@ -123,7 +117,7 @@ def distill(
             rank=fabric.global_rank,
             world=fabric.world_size,
         ),
-        StudentStep(settings, augment, teacher, fabric),
+        StudentStep(settings, augment, teacher, fabric, compiled),
         run,
         validate=(lambda: _score(experiment, fabric, explainer, validation)) if validation else None,
         select=_selection_metric(images, validation),

@@ -37,7 +37,7 @@ class TeacherStep:
     augment: PairedAugment
     fabric: Fabric
 
-    def __call__(self, teacher: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
+    def __call__(self, teacher: nn.Module, batch: Batch, epoch: int, step: int = 0) -> dict[str, Tensor]:
         images, masks, _ = self.augment(batch.images, batch.masks, batch.rows, epoch)
         if self.guide is None or masks is None:
             return {"loss": losses.label_loss(self.loss, teacher(images), batch.labels)}

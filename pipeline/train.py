@@ -19,8 +19,8 @@ from pipeline.models import save_weights
 from pipeline.progress import Progress
 from pipeline.run import Run
 
-LossFn = Callable[[nn.Module, Batch, int], dict[str, Tensor]]
-"""(module, batch on the device, epoch) -> {"loss": scalar, ...other scalars to log}."""
+LossFn = Callable[[nn.Module, Batch, int, int], dict[str, Tensor]]
+"""(module, batch on the device, epoch, step of the run) -> {"loss": scalar, ...other scalars to log}."""
 
 Validate = Callable[[], dict[str, float]]
 
@@ -72,10 +72,11 @@ def fit(
             wrapped.train()
             logged: list[dict[str, Tensor]] = []
             for index, batch in enumerate(batches.epoch(epoch)):
-                rate = learning_rate(settings, epoch * len(batches) + index, total)
+                step = epoch * len(batches) + index
+                rate = learning_rate(settings, step, total)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                values = loss(wrapped, batch.to(fabric.device), epoch)
+                values = loss(wrapped, batch.to(fabric.device), epoch, step)
                 optimizer.zero_grad(set_to_none=True)
                 fabric.backward(values["loss"])
                 norm = _clip(module, settings)
@@ -155,8 +156,13 @@ def _mean_of_epoch(
     fabric: Fabric, logged: list[dict[str, Tensor]], epoch: int, steps: int
 ) -> dict[str, float | int]:
     """Means over the epoch's steps and the processes; stops at a loss that is not finite, naming the step."""
-    names = list(logged[0])
-    table = torch.stack([torch.stack([values[name].float() for name in names]) for values in logged])
+    names = list(dict.fromkeys(name for values in logged for name in values))
+    absent = logged[0]["loss"].new_full(
+        (), torch.nan, dtype=torch.float32
+    )  # not of this step: left out of the mean
+    table = torch.stack(
+        [torch.stack([values.get(name, absent).float() for name in names]) for values in logged]
+    )
     table = reduced(fabric, table, "mean")
     bad = (~table[:, names.index("loss")].isfinite()).nonzero()
     if len(bad):
@@ -164,7 +170,7 @@ def _mean_of_epoch(
             f"the loss is not finite at step {epoch * steps + int(bad[0])} (epoch {epoch}); "
             "lower train.lr or set train.clip_norm; the last good checkpoint is kept"
         )
-    means = table.double().mean(0)
+    means = table.double().nanmean(0)
     return {"epoch": epoch, **{name: float(mean) for name, mean in zip(names, means, strict=True)}}
 
 

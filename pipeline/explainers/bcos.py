@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.explainers.gradcam import Explained, cotangent
+from pipeline.explainers.gradcam import Explained, cotangent, unexplained
 from pipeline.models.bcos import BCosClassifier
-from pipeline.models.bcos_layers import constant_in_backward, constant_in_forward
+from pipeline.models.bcos_layers import compilable, constant_in_backward, constant_in_forward, logits_and_pull
 
 
 class BCos(nn.Module):
     """Explains a logit of `model` (`raw`), or that logit minus the mean logit (`centred`), by W(x) [B,6,H,W].
 
-    Same state dict as `model`'s under `model.`. Runs eagerly, one thread at a time.
+    Same state dict as `model`'s under `model.`. One thread at a time. Inside `torch.compile` it takes a form
+    without a flag where `differentiable`, and is left to eager mode (or raises with `fullgraph=True`) where not.
     """
 
     channels = 6
@@ -33,17 +34,26 @@ class BCos(nn.Module):
         self.logit = logit
 
     def forward(
-        self, images: Tensor, classes: Tensor | None = None, differentiable: bool = False
+        self,
+        images: Tensor,
+        classes: Tensor | None = None,
+        differentiable: bool = False,
+        explain: bool = True,
     ) -> Explained:
         """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits).
 
         Maps are W(x) [B,6,H,W]. For a convolutional network W(x) [x, 1 - x] is the explained logit minus its
         bias, exactly; a ViT's positional embedding adds a part that belongs to no pixel. With
         `differentiable` logits and maps carry gradients to every parameter; else they carry none and no graph
-        is kept.
+        is kept. Without `explain` the logits alone, with gradients where enabled, and `unexplained` maps.
         """
-        explain = self._trainable if differentiable else self._constant
-        logits, maps, classes = explain(images, classes)
+        compiling = torch.compiler.is_compiling()
+        if not explain:
+            x = self.model.add_inverse(images)
+            logits = compilable(self.model.net, x) if compiling else self.model.net(x)
+            return unexplained(logits, self.channels)
+        trainable = self._compilable if compiling else self._trainable
+        logits, maps, classes = (trainable if differentiable else self._constant)(images, classes)
         return Explained(_wide(logits), _wide(maps), classes)
 
     def _trainable(self, images: Tensor, classes: Tensor | None) -> Explained:
@@ -54,6 +64,12 @@ class BCos(nn.Module):
                     logits, x, cotangent(self.logit, logits, classes), create_graph=True
                 )
         return Explained(logits, maps, classes)
+
+    def _compilable(self, images: Tensor, classes: Tensor | None) -> Explained:
+        """As `_trainable`, the same values and gradients, without a flag and an inner call of autograd."""
+        logits, pull = logits_and_pull(self.model.net, self.model.add_inverse(images.detach()))
+        classes = logits.argmax(1) if classes is None else classes
+        return Explained(logits, pull(cotangent(self.logit, logits, classes)), classes)
 
     def _constant(self, images: Tensor, classes: Tensor | None) -> Explained:
         with torch.inference_mode(False), torch.enable_grad(), constant_in_forward():

@@ -50,13 +50,19 @@ class GradCAM(nn.Module):
         self.logit = logit
 
     def forward(
-        self, images: Tensor, classes: Tensor | None = None, differentiable: bool = False
+        self,
+        images: Tensor,
+        classes: Tensor | None = None,
+        differentiable: bool = False,
+        explain: bool = True,
     ) -> Explained:
         """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits).
 
         With `differentiable` logits and maps carry gradients to every parameter; else they carry none and no
-        graph is kept.
+        graph is kept. Without `explain` the logits alone, with gradients where enabled, and `unexplained` maps.
         """
+        if not explain:
+            return unexplained(self.model(images), self.channels)
         with torch.set_grad_enabled(differentiable):
             features = self.model.features(images)
             logits, pull = torch.func.vjp(self.model.head, features)  # type: ignore[misc]  # two: no aux
@@ -76,6 +82,12 @@ def _weighted_sum(gradient: Tensor, features: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         weights = _wide(gradient).mean((2, 3), keepdim=True)
         return torch.relu((weights * _wide(features)).sum(1, keepdim=True))
+
+
+def unexplained(logits: Tensor, channels: int) -> Explained:
+    """The decision alone: maps are empty [B,channels,0,0]."""
+    wide = _wide(logits)
+    return Explained(wide, wide.detach().new_empty(len(logits), channels, 0, 0), logits.argmax(1))
 
 
 def _wide(tensor: Tensor) -> Tensor:

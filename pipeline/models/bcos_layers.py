@@ -14,11 +14,15 @@ The flags are plain globals, because CUDA runs backward passes in threads of its
 may explain. A compiled backward pass would bake a flag's value in, silently, so `hold` refuses to be
 compiled: `torch.compile` then leaves it to eager mode, or raises with `fullgraph=True`. They are two, so that
 a checkpointed forward pass, run again inside the inner backward pass, is the ordinary one.
+
+For `torch.compile` there is `logits_and_pull`, the same without a flag: what layers held in one forward pass is
+given back to them in a second, whose transpose is W(x).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -40,12 +44,15 @@ N = TypeVar("N", bound=nn.Module)
 
 _constant_in_backward = False
 _constant_in_forward = False
+_recorded: list[Tensor] | None = None
+_replayed: list[Tensor] | None = None
 
 
 @contextmanager
 def constant_in_backward() -> Iterator[None]:
     """Backward passes inside take every held tensor as a constant; whatever happens, no longer outside."""
     global _constant_in_backward
+    _refuse_traced_autograd()
     before, _constant_in_backward = _constant_in_backward, True
     try:
         yield
@@ -64,6 +71,50 @@ def constant_in_forward() -> Iterator[None]:
         _constant_in_forward = before
 
 
+def logits_and_pull(net: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(net(x), the map from d / d logits to d / d x with every held tensor constant), without a flag.
+
+    The forward pass records the held tensors. The network that is given them is linear in x, and `torch.func.vjp`
+    transposes it. What the map returns depends on the parameters through the recorded tensors too, and autograd
+    follows both ways. Made for `torch.compile`, which drops the second forward pass; eagerly it is right, but slower
+    than `constant_in_backward`. Norms track their statistics once.
+    """
+    global _replayed
+    logits, held = _recording(net, x)
+    _replayed = held
+    try:
+        _, pull = torch.func.vjp(net, x)  # type: ignore[misc]  # two: no aux
+    finally:
+        _replayed = None
+    return logits, lambda cotangent: pull(cotangent)[0]
+
+
+def compilable(net: nn.Module, x: Tensor) -> Tensor:
+    """net(x) for `torch.compile`, where nobody asks for W(x): held tensors are ordinary ones."""
+    return _recording(net, x)[0]
+
+
+def _recording(net: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """net(x), and what its layers held, in their order."""
+    global _recorded
+    held: list[Tensor] = []
+    _recorded = held
+    try:
+        return net(x), held
+    finally:
+        _recorded = None
+
+
+def _refuse_traced_autograd() -> None:
+    """With it `torch.compile` may trace an inner backward pass and the flag's value: silently wrong gradients."""
+    dynamo = sys.modules.get("torch._dynamo.config")
+    if dynamo is not None and getattr(dynamo, "trace_autograd_ops", False):
+        raise ModelError(
+            "B-cos explanations by a flag can be silently wrong under torch._dynamo.config.trace_autograd_ops = True; "
+            "set it to False, or compile the explainer itself, which then uses no flag (train.compile: true)"
+        )
+
+
 class _Hold(torch.autograd.Function):
     """Identity; no gradient in a `constant_in_backward` pass, the gradient itself in any other."""
 
@@ -78,6 +129,11 @@ class _Hold(torch.autograd.Function):
 
 def hold(tensor: Tensor, detach: bool = False) -> Tensor:
     """The same tensor, as a part of the weights; `detach`: the package's own explanation mode is on."""
+    if _recorded is not None:
+        _recorded.append(tensor)
+        return tensor
+    if _replayed is not None:
+        return _replayed.pop(0)
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "B-cos explanations cannot be compiled: their inner backward pass differs; run eager"
@@ -150,7 +206,7 @@ class HeldBatchNorm2d(BatchNormUncentered2d):
         variance = self.running_var
         if self.training or variance is None:
             variance = self._batch_variance(input)
-            if self.training and self.track_running_stats:
+            if self.training and self.track_running_stats and _replayed is None:
                 self._track(variance.detach())
         return _affine(input / _spread(hold((variance + self.eps).sqrt(), self.detach)), self)
 
