@@ -119,7 +119,7 @@ def reading(options: argparse.Namespace, images: ImageSet) -> Iterator[Row]:
             {
                 "pt": lambda files=files, n=n: [torch.load(files / f"{row}.pt") for row in range(n)],
                 "ordered": lambda store=store, n=n: [
-                    store.read_maps(range(i, min(i + PER_SHARD, n))) for i in range(0, n, PER_SHARD)
+                    store.read_maps(range(i, min(i + BATCH, n))) for i in range(0, n, BATCH)
                 ],
                 "random pt": lambda files=files, order=shuffled: [
                     torch.load(files / f"{r}.pt") for r in order
@@ -160,7 +160,7 @@ def writing(options: argparse.Namespace, images: ImageSet) -> Iterator[Row]:
         def alone(teacher: nn.Module = teacher, shards: range = shards) -> None:
             answer_shards(teacher, images, shards, _Nowhere(), BATCH, torch.device("cpu"), lambda _: None)
 
-        times = in_turns({"alone": alone, "stored": stored}, rounds=3)
+        times = in_turns({"alone": alone, "stored": stored}, rounds=2)
         rate = len(shards) * PER_SHARD / times["stored"]
         found = f"{times['stored'] / times['alone']:.3f}x ({rate:.1f} images/s)"
         yield Row(f"{name} precompute, against the teacher alone", found, "<= 1.05x")
