@@ -9,6 +9,7 @@ map); logits in `uint12` likewise have an offset and a step per row (array `logi
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,9 +27,9 @@ class StoredNumbers(Codec):
     crop_p1: ClassVar[float] = 1.0
     """At least this cosine of decoded and exact map after a random resized crop, for 99 of 100 images."""
 
+    @abstractmethod
     def encode(self, buf: np.ndarray) -> np.ndarray:
         """float32 [rows, ...] -> `stored_dtype`. Raises ValueError naming the first row that is not finite."""
-        raise NotImplementedError
 
     def decode(self, buf: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """`stored_dtype` -> float32, into `out` where it is given."""

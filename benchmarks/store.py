@@ -117,12 +117,14 @@ def reading(options: argparse.Namespace, images: ImageSet) -> Iterator[Row]:
         shuffled = np.random.default_rng(0).permutation(n).tolist()
         times = in_turns(
             {
-                "pt": lambda files=files, n=n: [torch.load(files / f"{row}.pt") for row in range(n)],
+                "pt": lambda files=files, n=n: [
+                    torch.load(files / f"{row}.pt", weights_only=True) for row in range(n)
+                ],
                 "ordered": lambda store=store, n=n: [
                     store.read_maps(range(i, min(i + BATCH, n))) for i in range(0, n, BATCH)
                 ],
                 "random pt": lambda files=files, order=shuffled: [
-                    torch.load(files / f"{r}.pt") for r in order
+                    torch.load(files / f"{r}.pt", weights_only=True) for r in order
                 ],
                 "random": lambda store=store, order=shuffled: [store.read_maps([row]) for row in order],
             }
