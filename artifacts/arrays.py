@@ -31,6 +31,10 @@ _MISSING = 2**64 - 1
 _ZSTD = Zstd(level=LEVEL, checksum=True)
 
 
+ABSENT = -2
+"""In the array `explained_class`: this sample has fewer explained classes. -1 is the fill value: missing data."""
+
+
 @dataclass(frozen=True)
 class ArrayPlan:
     """One array: `tail` is the shape of a row, `names` those of all dimensions."""

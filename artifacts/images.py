@@ -108,13 +108,12 @@ class ImageSet:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         (rows, position), about = self._find(row), self._about(row)
-        boxes = about.get("boxes")
         return Sample(
             key=rows.keys[position],
             image=self._pixels(row),
             label=rows.labels[position],
             group=rows.groups[position],
-            boxes=None if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 5),
+            boxes=_boxes(about),
             mask=self._decoded(row, "mask.png", "L") if "mask.png" in rows.extensions(position) else None,
             source=about.get("source"),
         )
@@ -122,6 +121,10 @@ class ImageSet:
     def read_images(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Only the pixels of some rows: u8 [B,3,S,S]."""
         return np.stack([self._pixels(int(row)) for row in rows])
+
+    def read_boxes(self, row: int) -> np.ndarray | None:
+        """Only the boxes of a row: f32 [N,5], or None where it has none annotated."""
+        return _boxes(self._about(row))
 
     def _list(self, shard: int) -> RowList:
         if shard not in self._lists:
@@ -190,6 +193,11 @@ class ImageSet:
             if attempt or not self.place.distrust(info.name, info.sha256):
                 break
         raise self._damaged(row, f"the checksum of its {extension} differs")
+
+
+def _boxes(about: dict[str, Any]) -> np.ndarray | None:
+    boxes = about.get("boxes")
+    return None if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 5)
 
 
 def open_images(url: Url) -> ImageSet:

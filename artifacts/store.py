@@ -23,7 +23,7 @@ from artifacts.errors import DamagedStore, IncompleteStore, PlaceError
 from artifacts.manifest import Manifest, ManifestDraft
 from artifacts.places import LocalPlace, Place, Url, place
 from artifacts.records import MEND, check_same, damage, incomplete, read_record, wrong_sizes
-from artifacts.rows import TeacherRows
+from artifacts.rows import NO_CLASS, TeacherRows
 from artifacts.writer import StoreWriter
 
 _IN_MEMORY = 256 * 2**20
@@ -49,7 +49,7 @@ class TeacherStore:
         logit_scale = self._take("logit_scale", index) if "logit_scale" in self.plans else None
         return TeacherRows(
             decode_logits(self._logits, self._take("logits", index), logit_scale),
-            self._take("explained_class", index).astype(np.int64),
+            self._take("explained_class", index).astype(np.int64).clip(min=NO_CLASS),
             self.read_maps(index),
         )
 

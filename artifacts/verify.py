@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from artifacts.arrays import group_metadata
+from artifacts.arrays import ABSENT, group_metadata
 from artifacts.codecs import decode_logits, decode_maps, get_codec
 from artifacts.errors import DamagedStore, E2kdError, ImageSetError
 from artifacts.images import SCHEMA_VERSION, ImageSet, load_images, open_images, wrong_tars
@@ -198,7 +198,7 @@ def _bad_values(store: TeacherStore, stored: Mapping[str, np.ndarray]) -> Iterat
                 yield "maps", "has values that are not finite"
                 break
     classes = stored.get("explained_class")
-    if classes is not None and ((classes < 0) | (classes >= manifest.shape.classes)).any():
+    if classes is not None and _unfit(classes, manifest.shape.classes).any():
         yield "explained_class", "has classes out of range"
 
 
@@ -230,3 +230,10 @@ def _tar_problems(images: ImageSet, shard: int, wrong: str | None) -> list[Probl
     except (tarfile.TarError, ImageSetError, ValueError, KeyError) as error:
         found.append(Problem(f"cannot be read ({error})", mend, shard, info.name, span))
     return found
+
+
+def _unfit(classes: np.ndarray, count: int) -> np.ndarray:
+    """Stored classes [rows,V,K] that cannot be: the first is always there, a later one may be absent."""
+    absent = classes == ABSENT
+    absent[..., 0] = False
+    return ~absent & ((classes < 0) | (classes >= count))

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from artifacts.arrays import ArrayPlan, array_plans, checksum, compress, group_metadata, join
+from artifacts.arrays import ABSENT, ArrayPlan, array_plans, checksum, compress, group_metadata, join
 from artifacts.codecs import encode_logits, encode_maps, get_codec
 from artifacts.errors import DamagedStore, DataError, IncompleteStore, StoreError
 from artifacts.manifest import Manifest, ManifestDraft, ObjectRecord, ShardRecord
 from artifacts.places import Place, Url, place
 from artifacts.records import check_same, commit_name, incomplete, read_record, write_record, wrong_sizes
-from artifacts.rows import TeacherRows
+from artifacts.rows import NO_CLASS, TeacherRows
 
 LIBRARIES = ("e2kd", "zarr", "numcodecs", "numpy", "torch", "torchvision", "timm")
 _BATCHES_AHEAD = 2
@@ -132,6 +132,11 @@ class ShardStream:
         self._committing: Future[None] | None = None
         self._open: _OpenShard | None = None
 
+    @property
+    def explained(self) -> int:
+        """K: explained classes of each row."""
+        return self._writer.draft.shape.explained
+
     def __enter__(self) -> ShardStream:
         return self
 
@@ -154,7 +159,8 @@ class ShardStream:
         """The next rows of the open shard. Waits while more than a few batches are being encoded."""
         shard = self._open
         assert shard is not None
-        shard.classes.append(rows.explained_class.astype(np.int32))
+        classes = rows.explained_class.astype(np.int32)
+        shard.classes.append(np.where(classes == NO_CLASS, ABSENT, classes))
         futures = []
         for name, values in (("logits", rows.logits), ("maps", rows.maps)):
             plan = self._writer.plans[name]

@@ -28,7 +28,7 @@ from torch import Tensor
 from pipeline import explainers
 from pipeline.compiled import CompiledLosses, StepLosses
 from pipeline.config import ModelConfig, StudentConfig
-from pipeline.data.loader import Answers
+from pipeline.data.loader import Targets
 from pipeline.launch import start
 from pipeline.models import build
 
@@ -128,7 +128,7 @@ def _steps(case: Case, options: argparse.Namespace, fabric: Fabric) -> dict[str,
     images = torch.rand(case.batch, 3, case.px, case.px, device=device)
     logits = torch.randn(case.batch, CLASSES, device=device)
     maps = torch.rand(case.batch, explainer.channels, height, width, device=device)
-    teacher, labels = Answers(logits, logits.argmax(1), maps), logits.argmax(1)
+    teacher, labels = Targets(logits, logits.argmax(1), maps), logits.argmax(1)
     settings = StudentConfig(model=case.model, temperature=5, explanation_weight=5)
     eager = StepLosses(settings)
 

@@ -69,7 +69,7 @@ class PairedAugment:
         rows    [B], rows of the image set
         theta   float32 [B,2,3]: output -> canvas position, normalised, align_corners=False (`grid_sample`'s)
         """
-        ids = self._identities(rows)
+        ids = self.identities(rows)
         theta = self._theta(ids, images.shape[-1], epoch)
         out = self._warp_images(images, theta)
         if self._colour is not None:
@@ -88,7 +88,8 @@ class PairedAugment:
         output = canvas if self.config.crop_scale is None else _NOMINAL
         return _normalise(torch.linalg.inv(forward), output, canvas).float()
 
-    def _identities(self, rows: Tensor | np.ndarray | Sequence[int]) -> Ids:
+    def identities(self, rows: Tensor | np.ndarray | Sequence[int]) -> Ids:
+        """The identities of some rows' keys, from which all their draws come: uint64 [B]."""
         index = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
         return index.astype(np.uint64) if self._ids is None else self._ids[index]
 

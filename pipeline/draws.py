@@ -18,6 +18,9 @@ _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _ORDER_COLUMN = 2**32
 """Far from the columns that augmentation draws from, so that order and augmentation are independent."""
+CLASS_COLUMN = 2**33
+"""Which of its explained classes a sample's step is about."""
+_MIXUP_COLUMN = 2**34
 
 
 def key_ids(keys: Sequence[str]) -> Ids:
@@ -43,6 +46,12 @@ def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order in which epoch `epoch` visits rows 0..n-1: a permutation, int64 [n]."""
     keys = bits(seed, epoch, np.arange(n, dtype=np.uint64), [_ORDER_COLUMN])[:, 0]
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def mixup_share(alpha: float, seed: int, epoch: int, step: int) -> float:
+    """lambda ~ Beta(alpha, alpha) of one step of a run, in 0..1."""
+    state = bits(seed, epoch, np.array([step], dtype=np.uint64), [_MIXUP_COLUMN])[0, 0]
+    return float(np.random.default_rng(int(state)).beta(alpha, alpha))
 
 
 def _mix(state: Ids) -> Ids:

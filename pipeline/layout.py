@@ -52,9 +52,10 @@ class Layout:
 
 
 FREEZING_GAP = "freezing-gap.json"
+SHIFT_CURVE = "shift-curve.json"
 CODEC_COST = "codec-cost.json"
 
 
 def teacher_scores(split: str) -> str:
     """The file beside the stores with the teacher's own scores on a split."""
-    return f"teacher-{split}.json"
+    return f"teacher-{split.replace('/', '--')}.json"

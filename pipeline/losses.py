@@ -1,4 +1,4 @@
-"""What a student minimises: L = L_KD + lambda * L_exp (paper Eq. 1-3), and guidance of a teacher by masks.
+"""What a student minimises: L = L_KD + lambda * L_exp (paper Eq. 1-3).
 
 All losses compute in float32, whatever the inputs' precision and autocast; gradients reach the student only.
 """
@@ -24,15 +24,28 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 
 
 def label_loss(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Classification loss on labels int [B] of logits [B,C]: float32 scalar, mean over the batch.
+    """Classification loss of logits [B,C]: float32 scalar, mean over the batch.
 
-    `ce`: cross-entropy. `bce`: the binary cross-entropy of B-cos networks, target 1 for the label and 1/C for every
-    other class, mean over the classes too (Böhle et al. 2022).
+    Labels int [B], or targets float [B,C] in 0..1 (several labels an image, mixed labels). `ce`: cross-entropy. `bce`:
+    binary cross-entropy, mean over the classes too.
     """
     if kind == "ce":
         return F.cross_entropy(logits.float(), labels)
-    targets = torch.full_like(logits, 1 / logits.shape[1], dtype=torch.float32)
-    return F.binary_cross_entropy_with_logits(logits.float(), targets.scatter(1, labels[:, None], 1.0))
+    targets = label_targets(kind, labels, logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
+def label_targets(kind: str, labels: Tensor, classes: int) -> Tensor:
+    """Labels int [B] as targets float32 [B,C]; float labels are targets already.
+
+    `ce`: one-hot. `bce`: 1 for the label and 1/C for every other class, as B-cos networks are trained (Böhle et al.
+    2022).
+    """
+    if labels.is_floating_point():
+        return labels
+    off = 0.0 if kind == "ce" else 1 / classes
+    targets = torch.full((len(labels), classes), off, device=labels.device)
+    return targets.scatter(1, labels[:, None], 1.0)
 
 
 def multilabel_kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -67,23 +80,6 @@ def explanation_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor
     teacher, teacher_alive = _unit_max(teacher_maps.detach())
     distance = 1 - F.cosine_similarity(student, teacher, dim=1, eps=1e-6)
     return _mean_over(distance, student_alive & teacher_alive)
-
-
-def energy_guidance_loss(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - share of the map's positive energy inside the mask, mean over samples with energy (Rao et al. 2023).
-
-    Maps [B,c,h,w], masks [B,1,h,w] in 0..1 at the maps' resolution.
-    Returns (float32 scalar in 0..1, share of samples with positive energy). Raises ValueError where sizes differ.
-    """
-    if masks.shape != (len(maps), 1, *maps.shape[-2:]):
-        raise ValueError(
-            f"maps {list(maps.shape)} need masks [B,1,h,w] of the same size, got {list(masks.shape)}; "
-            "give PairedAugment the model's map_size, so that the masks come at its resolution"
-        )
-    positive, alive = _unit_max(maps.clamp(min=0))
-    mask = masks.detach().float().expand(maps.shape).flatten(1)
-    inside, total = (positive * mask).sum(1), positive.sum(1)
-    return _mean_over(1 - inside / torch.where(alive, total, 1), alive)
 
 
 def _probability(logits: Tensor) -> Tensor:

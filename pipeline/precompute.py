@@ -20,15 +20,17 @@ from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreSha
 from artifacts.writer import ShardStream, StoreWriter
 from pipeline.codec_cost import codec_cost
 from pipeline.codec_cost import tell as tell_cost
-from pipeline.config import Experiment
+from pipeline.config import Experiment, ExplainConfig
 from pipeline.data.loader import PairedRows
 from pipeline.evaluate import score, teacher_answers
 from pipeline.gap import freezing_gap
 from pipeline.gap import tell as tell_gap
 from pipeline.launch import Part
-from pipeline.layout import CODEC_COST, FREEZING_GAP, Layout, teacher_scores
+from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, teacher_scores
 from pipeline.models import Explainable, weights_sha256
 from pipeline.progress import Advance, Progress
+from pipeline.shift import shift_curve
+from pipeline.targets import positive_classes
 from pipeline.teacher import build_explainer, class_count, load_teacher
 
 WHOLE = Part()
@@ -59,6 +61,7 @@ def precompute(
         todo = sorted(shard for shard in missing if part.owns(shard))
     todo = fabric.broadcast(todo)
     if todo:
+        _compare_views(teacher, images, progress)
         explainer = build_explainer(experiment.explain, teacher).to(fabric.device)
         mine = todo[fabric.global_rank :: fabric.world_size]
         total = sum(len(images.shard_rows(shard)) for shard in mine)
@@ -84,6 +87,21 @@ def precompute(
     return store
 
 
+def _compare_views(teacher: Explainable, images: ImageSet, progress: Progress) -> None:
+    """Say it where the weights were made for another view than the images were packed in."""
+    made_for = teacher.preprocess.get("view", {})
+    differing = [
+        f"{key} {images.view[key]} (made for {made_for[key]})"
+        for key in made_for
+        if images.view.get(key) != made_for[key]
+    ]
+    if differing:
+        progress.say(
+            f"note: the teacher's weights were made for another view: {', '.join(differing)}; set `view` to it, or "
+            "expect lower accuracy"
+        )
+
+
 def answer_shards(
     explainer: nn.Module,
     images: ImageSet,
@@ -104,7 +122,7 @@ def answer_shards(
         for (shard, rows), pixels in zip(batches, _read_ahead(images, batches, readers), strict=True):
             if rows.start == images.shard_rows(shard).start:
                 stream.begin(shard, images.keys_sha256(shard), images.shard_keys(shard))
-            stream.append(_ask(explainer, pixels, rows, device))
+            stream.append(_ask(explainer, pixels, rows, device, stream.explained))
             if rows.stop == images.shard_rows(shard).stop:
                 stream.end()
             advance(len(rows))
@@ -126,7 +144,10 @@ def _read_ahead(
 def measure(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
     """Measure, once, what storing and freezing cost, under the students' geometry, and say it."""
     beside = layout.stores(experiment.store_name)
-    if not fabric.is_global_zero or all(beside.exists(name) for name in (FREEZING_GAP, CODEC_COST)):
+    if not fabric.is_global_zero:
+        return
+    _measure_shift(experiment, layout, fabric)
+    if all(beside.exists(name) for name in (FREEZING_GAP, CODEC_COST)):
         return
     student = next(iter(experiment.students.values()))
     images = open_images(layout.images(student.split))
@@ -139,6 +160,20 @@ def measure(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Pr
     gap = freezing_gap(explainer, images, store, student.augment, fabric.device)
     beside.write(FREEZING_GAP, _json(gap))
     progress.say(tell_gap(gap))
+
+
+def _measure_shift(experiment: Experiment, layout: Layout, fabric: Fabric) -> None:
+    """The teacher's own shift curve, where `evaluate.shifts` asks for one and it is not there."""
+    settings, beside = experiment.evaluate, layout.stores(experiment.store_name)
+    known = json.loads(beside.read(SHIFT_CURVE)) if beside.exists(SHIFT_CURVE) else {}
+    if not settings.shifts or known.get("shifts") == list(settings.shifts):
+        return
+    images = open_images(layout.images(settings.splits[0]))
+    explainer = build_explainer(experiment.explain, load_teacher(experiment, layout, images)).to(
+        fabric.device
+    )
+    curve = {"split": settings.splits[0], **shift_curve(explainer, images, settings, fabric.device)}
+    beside.write(SHIFT_CURVE, _json(curve))
 
 
 def open_matching_store(experiment: Experiment, layout: Layout, split: str, images: ImageSet) -> TeacherStore:
@@ -159,13 +194,14 @@ def draft_of(experiment: Experiment, teacher: Explainable, images: ImageSet) -> 
             classes=class_count(experiment, images),
             class_names=images.classes,
         ),
-        explainer=ExplainerInfo(name=experiment.explainer, settings={"logit": experiment.explain.logit}),
+        explainer=ExplainerInfo(name=experiment.explainer, settings=_explained(experiment.explain)),
         view=images.view,
         images=images.fingerprint,
         shape=StoreShape(
             rows=len(images),
             rows_per_shard=images.rows_per_shard,
             classes=teacher.classes,
+            explained=experiment.explain.stored,
             channels=6 if experiment.explainer == "bcos" else 1,
             height=height,
             width=width,
@@ -173,6 +209,13 @@ def draft_of(experiment: Experiment, teacher: Explainable, images: ImageSet) -> 
         logits=_codec(experiment.store.logits),
         maps=_codec(_map_codec(experiment)),
     )
+
+
+def _explained(explain: ExplainConfig) -> dict[str, Any]:
+    """What decides the maps: which logit, and of which classes where it is not the top-1 alone."""
+    if explain.classes == "top1":
+        return {"logit": explain.logit}
+    return {"logit": explain.logit, "classes": explain.classes, "most": explain.most}
 
 
 def _map_codec(experiment: Experiment) -> str:
@@ -186,14 +229,37 @@ def _codec(name: str) -> CodecInfo:
     return CodecInfo(codec=codec.codec_id, error_bound=codec.error_bound)
 
 
-def _ask(explainer: nn.Module, pixels: np.ndarray, rows: range, device: torch.device) -> TeacherRows:
-    """The teacher's answers for the canonical view `pixels` u8 [B,3,S,S] of some rows."""
-    answer = explainer(torch.from_numpy(pixels).to(device).float() / 255)
+def _ask(
+    explainer: nn.Module, pixels: np.ndarray, rows: range, device: torch.device, most: int = 1
+) -> TeacherRows:
+    """The teacher's answers for the canonical view `pixels` u8 [B,3,S,S] of some rows.
+
+    With `most` > 1 the maps of every class with a logit above 0, at most so many, and at least of the top-1.
+    """
+    images = torch.from_numpy(pixels).to(device).float() / 255
+    answer = explainer(images)
+    classes, maps = answer.classes[:, None], answer.maps[:, None]
+    if most > 1:
+        classes = positive_classes(answer.logits, most)
+        maps = _explain_more(explainer, images, classes, answer.maps)
     return TeacherRows(
         logits=answer.logits[:, None].cpu().numpy(),
-        explained_class=answer.classes[:, None, None].cpu().numpy(),
-        maps=answer.maps[:, None, None].cpu().numpy(),
+        explained_class=classes[:, None].cpu().numpy(),
+        maps=maps[:, None].cpu().numpy(),
     )
+
+
+def _explain_more(
+    explainer: nn.Module, images: torch.Tensor, classes: torch.Tensor, first: torch.Tensor
+) -> torch.Tensor:
+    """The maps [B,K,c,h,w] of all explained classes [B,K], given those of the first; zero where a class is -1."""
+    maps = first.new_zeros(len(first), classes.shape[1], *first.shape[1:])
+    maps[:, 0] = first
+    for place in range(1, classes.shape[1]):
+        has = classes[:, place] >= 0
+        if has.any():
+            maps[has, place] = explainer(images[has], classes[has, place]).maps
+    return maps
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -209,6 +275,6 @@ def _write_teacher_scores(
         return
     rows = PairedRows(images, store, masks="any")
     scores = score(fabric, teacher_answers, rows, experiment.evaluate.batch_size)
-    own = {name: value for name, value in scores.items() if name not in ("agreement", "map_cosine")}
+    own = {name: value for name, value in scores.items() if "agreement" not in name and name != "map_cosine"}
     if fabric.is_global_zero:
         beside.write(name, _json(own))

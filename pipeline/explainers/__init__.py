@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from artifacts.errors import ConfigError, ModelError
 from pipeline.explainers.bcos import BCos, contributions
-from pipeline.explainers.gradcam import LOGITS, Explained, GradCAM
+from pipeline.explainers.gradcam import LOGITS, Classes, Explained, GradCAM
 from pipeline.models.bcos import BCosClassifier, bcos_classifier
 from pipeline.models.classifier import classifier
 
 EXPLAINERS = ("gradcam", "bcos")
 
-__all__ = ["EXPLAINERS", "BCos", "Explained", "GradCAM", "build", "heat"]
+__all__ = ["EXPLAINERS", "BCos", "Classes", "Explained", "GradCAM", "build", "heat"]
 
 
 def build(name: str, model: nn.Module, *, logit: str = "raw") -> GradCAM | BCos:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.explainers.gradcam import Explained, cotangent, unexplained
+from pipeline.explainers.gradcam import Classes, Explained, cotangent, explained_classes, unexplained
 from pipeline.models.bcos import BCosClassifier
 from pipeline.models.bcos_layers import compilable, constant_in_backward, constant_in_forward, logits_and_pull
 
@@ -36,11 +36,12 @@ class BCos(nn.Module):
     def forward(
         self,
         images: Tensor,
-        classes: Tensor | None = None,
+        classes: Classes = None,
         differentiable: bool = False,
         explain: bool = True,
     ) -> Explained:
-        """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits).
+        """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits;
+        `gradcam.Classes` says what else).
 
         Maps are W(x) [B,6,H,W]. For a convolutional network W(x) [x, 1 - x] is the explained logit minus its
         bias, exactly; a ViT's positional embedding adds a part that belongs to no pixel. With
@@ -56,7 +57,7 @@ class BCos(nn.Module):
         logits, maps, classes = (trainable if differentiable else self._constant)(images, classes)
         return Explained(_wide(logits), _wide(maps), classes)
 
-    def _trainable(self, images: Tensor, classes: Tensor | None) -> Explained:
+    def _trainable(self, images: Tensor, classes: Classes) -> Explained:
         with torch.enable_grad():
             x, logits, classes = self._decide(images, classes)
             with constant_in_backward():
@@ -65,22 +66,22 @@ class BCos(nn.Module):
                 )
         return Explained(logits, maps, classes)
 
-    def _compilable(self, images: Tensor, classes: Tensor | None) -> Explained:
+    def _compilable(self, images: Tensor, classes: Classes) -> Explained:
         """As `_trainable`, the same values and gradients, without a flag and an inner call of autograd."""
         logits, pull = logits_and_pull(self.model.net, self.model.add_inverse(images.detach()))
-        classes = logits.argmax(1) if classes is None else classes
+        classes = explained_classes(classes, logits)
         return Explained(logits, pull(cotangent(self.logit, logits, classes)), classes)
 
-    def _constant(self, images: Tensor, classes: Tensor | None) -> Explained:
+    def _constant(self, images: Tensor, classes: Classes) -> Explained:
         with torch.inference_mode(False), torch.enable_grad(), constant_in_forward():
             x, logits, classes = self._decide(images, classes)
             (maps,) = torch.autograd.grad(logits, x, cotangent(self.logit, logits, classes))
         return Explained(logits.detach(), maps, classes)
 
-    def _decide(self, images: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _decide(self, images: Tensor, classes: Classes) -> tuple[Tensor, Tensor, Tensor]:
         x = self.model.add_inverse(images.detach()).requires_grad_()
         logits = self.model.net(x)
-        return x, logits, logits.argmax(1) if classes is None else classes
+        return x, logits, explained_classes(classes, logits)
 
 
 def contributions(maps: Tensor, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ differentiated twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,13 +20,17 @@ from pipeline.models.classifier import Classifier
 
 LOGITS = ("raw", "centred")
 
+Classes = Tensor | Callable[[Tensor], Tensor] | None
+"""What is explained: one class each (int64 [B]), a weighted sum of class logits (float [B,C]), either as a function of
+the logits [B,C], or None for the top-1."""
+
 
 class Explained(NamedTuple):
     """A decision and its explanation. A named tuple, which distributed wrappers look into for tensors.
 
     logits  [B,C]      fp32 (fp64 for an fp64 model)
     maps    [B,c,h,w]  likewise; GradCAM: c = 1, >= 0, at the resolution of the features
-    classes [B] int64  the explained class of each map
+    classes [B] int64  the explained class of each map; float [B,C] where weights were asked for
     """
 
     logits: Tensor
@@ -52,11 +57,12 @@ class GradCAM(nn.Module):
     def forward(
         self,
         images: Tensor,
-        classes: Tensor | None = None,
+        classes: Classes = None,
         differentiable: bool = False,
         explain: bool = True,
     ) -> Explained:
-        """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits).
+        """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits;
+        `Classes` says what else).
 
         With `differentiable` logits and maps carry gradients to every parameter; else they carry none and no
         graph is kept. Without `explain` the logits alone, with gradients where enabled, and `unexplained` maps.
@@ -66,15 +72,23 @@ class GradCAM(nn.Module):
         with torch.set_grad_enabled(differentiable):
             features = self.model.features(images)
             logits, pull = torch.func.vjp(self.model.head, features)  # type: ignore[misc]  # two: no aux
-            classes = logits.argmax(1) if classes is None else classes
+            classes = explained_classes(classes, logits)
             (gradient,) = pull(cotangent(self.logit, logits, classes))
             return Explained(_wide(logits), _weighted_sum(gradient, features), classes)
 
 
+def explained_classes(classes: Classes, logits: Tensor) -> Tensor:
+    """int64 [B] or float [B,C], whatever was asked for."""
+    if classes is None:
+        return logits.argmax(1)
+    return classes if isinstance(classes, Tensor) else classes(logits.detach())
+
+
 def cotangent(logit: str, logits: Tensor, classes: Tensor) -> Tensor:
-    """d explained quantity / d logits [B,C]: one-hot (`raw`), minus 1/C when `centred`."""
-    base = F.one_hot(classes, logits.shape[1]).to(logits.dtype)
-    return base if logit == "raw" else base - 1 / logits.shape[1]
+    """d explained quantity / d logits [B,C]: one-hot or the given weights (`raw`), minus their mean (`centred`)."""
+    one_hot = classes if classes.is_floating_point() else F.one_hot(classes, logits.shape[1])
+    base = one_hot.to(logits.dtype)
+    return base if logit == "raw" else base - base.mean(1, keepdim=True)
 
 
 def _weighted_sum(gradient: Tensor, features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from artifacts.errors import ModelError
 from pipeline import explainers
 from pipeline.compiled import CompiledLosses, StepLosses
 from pipeline.config import StudentConfig
-from pipeline.data.loader import Answers
+from pipeline.data.loader import Targets
 from pipeline.models import BCosClassifier, build
 
 CLASSES, PX = 5, 24
@@ -39,7 +39,7 @@ def student(model: str, logit: str = "raw") -> nn.Module:
     return explainers.build("auto", build(settings(model), CLASSES), logit=logit).train()
 
 
-def batch(explainer: nn.Module, size: int = 4, px: int = PX, seed: int = 1) -> tuple[Tensor, Tensor, Answers]:
+def batch(explainer: nn.Module, size: int = 4, px: int = PX, seed: int = 1) -> tuple[Tensor, Tensor, Targets]:
     """Images, labels and a teacher that is all noise; the last map is all-zero."""
     random = torch.Generator().manual_seed(seed)
     images = torch.rand(size, 3, px, px, generator=random)
@@ -47,7 +47,7 @@ def batch(explainer: nn.Module, size: int = 4, px: int = PX, seed: int = 1) -> t
     height, width = explainer.model.map_size(px)
     maps = torch.rand(size, explainer.channels, height, width, generator=random)
     maps[-1] = 0
-    return images, logits.argmax(1), Answers(logits, logits.argmax(1), maps)
+    return images, logits.argmax(1), Targets(logits, logits.argmax(1), maps)
 
 
 def result(losses: Any, explainer: nn.Module, data: Any, explain: bool = True) -> dict[str, Tensor]:

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline import explainers
-from pipeline.config import StudentConfig
+from pipeline.config import ExplainConfig, StudentConfig
 from pipeline.data.loader import Answers, Batch
 from pipeline.distill import StudentStep
+from pipeline.draws import Ids
 from pipeline.launch import start
 from pipeline.models import build
 from pipeline.models.sync_norm import convert
@@ -78,13 +79,13 @@ def batch(case: Case, explainer: nn.Module, step: int) -> Batch:
     height, width = explainer.model.map_size(case.size)
     maps = torch.rand(8, explainer.channels, height, width, generator=random, dtype=torch.float64)
     maps[list(case.dead)] = 0
-    return Batch(torch.arange(8), images, logits.argmax(1), None, Answers(logits, logits.argmax(1), maps))
+    return Batch(torch.arange(8), images, logits.argmax(1), teacher=Answers(logits, logits.argmax(1)[:, None], maps[:, None]))
 
 
 def part(whole: Batch, rows: slice) -> Batch:
     assert whole.teacher is not None
     answers = Answers(*(tensor[rows] for tensor in whole.teacher))
-    return Batch(whole.rows[rows], whole.images[rows], whole.labels[rows], None, answers)
+    return Batch(whole.rows[rows], whole.images[rows], whole.labels[rows], teacher=answers)
 
 
 def train(fabric: Fabric, case: Case, rows: slice) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ def train(fabric: Fabric, case: Case, rows: slice) -> dict[str, Tensor]:
     batches = [part(batch(case, explainer, step), rows) for step in range(case.steps)]
     traffic = _count_all_reduces(explainer)
     wrapped, optimizer = fabric.setup(explainer, torch.optim.SGD(explainer.parameters(), lr=0.01))
-    loss_of: Any = StudentStep(settings(case), _as_they_are, None, fabric)  # type: ignore[arg-type]
+    loss_of: Any = StudentStep(settings(case), ExplainConfig(), _AsTheyAre(), CLASSES, None, fabric)  # type: ignore[arg-type]
     found = {}
     for step, data in enumerate(batches):
         values = loss_of(wrapped, data, epoch=0)
@@ -106,8 +107,16 @@ def train(fabric: Fabric, case: Case, rows: slice) -> dict[str, Tensor]:
     return found | {"traffic": torch.tensor(traffic)}
 
 
-def _as_they_are(images: Tensor, maps: Tensor, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor, None]:
-    return images, maps, None
+class _AsTheyAre:
+    """An augmentation that changes nothing."""
+
+    seed = 0
+
+    def __call__(self, images: Tensor, maps: Tensor, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor, None]:
+        return images, maps, None
+
+    def identities(self, rows: Tensor) -> Ids:
+        return rows.numpy().astype("uint64")
 
 
 def _count_all_reduces(explainer: nn.Module) -> list[int]:
