@@ -10,18 +10,21 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from artifacts import open_images
-from artifacts.errors import ConfigError
-from pipeline import losses
+from artifacts import ImageSet, open_images
+from artifacts.errors import ConfigError, DataError
 from pipeline.augment import PairedAugment
-from pipeline.config import Experiment, GuideConfig, TeachConfig
+from pipeline.config import Experiment, TeachConfig
 from pipeline.data.loader import Batch, PairedRows, TrainBatches
+from pipeline.draws import Ids, key_ids
 from pipeline.evaluate import score, student_answers
 from pipeline.explainers import heat
+from pipeline.guidance import class_masks, guidance_loss, guided_classes
 from pipeline.launch import share_of_valid
 from pipeline.layout import Layout
-from pipeline.models import build
+from pipeline.losses import label_loss
+from pipeline.models import build, start_from
 from pipeline.models.sync_norm import convert
+from pipeline.pareto import ParetoFront
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.teacher import build_explainer, class_count
@@ -30,29 +33,47 @@ from pipeline.train import fit
 
 @dataclass(frozen=True)
 class TeacherStep:
-    """The labels' loss + weight * (1 - share of the label's map energy inside the object)."""
+    """The labels' loss + weight * guidance_loss(map of a label's class, its mask or boxes).
 
-    loss: str
-    guide: GuideConfig | None
+    An image with several labels is guided about one of them a step, drawn anew in each epoch. `ids`: of the image set's
+    keys, by row.
+    """
+
+    settings: TeachConfig
     augment: PairedAugment
+    ids: Ids
     fabric: Fabric
 
     def __call__(self, teacher: nn.Module, batch: Batch, epoch: int, step: int = 0) -> dict[str, Tensor]:
-        images, masks, _ = self.augment(batch.images, batch.masks, batch.rows, epoch)
-        if self.guide is None or masks is None:
-            return {"loss": losses.label_loss(self.loss, teacher(images), batch.labels)}
-        explained = teacher(images, batch.labels, differentiable=True)
-        classification = losses.label_loss(self.loss, explained.logits, batch.labels)
-        outside, valid = losses.energy_guidance_loss(heat(explained.maps, images), masks)
-        outside = outside * share_of_valid(self.fabric, valid)
-        total = classification + self.guide.weight * outside
-        return {"loss": total, "classification": classification, "outside": outside, "valid_maps": valid}
+        guide = self.settings.guide
+        if guide is None:
+            images, _, _ = self.augment(batch.images, None, batch.rows, epoch)
+            return {"loss": label_loss(self.settings.loss, teacher(images), batch.labels)}
+        classes = guided_classes(batch.labels, self.ids[batch.rows.cpu().numpy()], self.settings.seed, epoch)
+        images, masks, _ = self.augment(batch.images, _masks(batch, classes), batch.rows, epoch)
+        assert masks is not None
+        explained = teacher(images, classes, differentiable=True)
+        classification = label_loss(self.settings.loss, explained.logits, batch.labels)
+        guidance, valid = guidance_loss(guide.loss, heat(explained.maps, images), masks)
+        guidance = guidance * share_of_valid(self.fabric, valid)
+        total = classification + guide.weight * guidance
+        return {"loss": total, "classification": classification, "guidance": guidance, "valid_maps": valid}
+
+
+def _masks(batch: Batch, classes: Tensor) -> Tensor:
+    """The image's mask, or with several labels an image the boxes of the guided class: f32 [B,1,S,S] in 0..1."""
+    assert batch.masks is not None
+    if not batch.labels.is_floating_point():
+        return batch.masks
+    assert batch.boxes is not None
+    return class_masks(batch.boxes, classes, batch.images.shape[-1])
 
 
 def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> dict[str, Any]:
     """Train the teacher, or continue, or return the result that is there.
 
-    Raises ConfigError where the config names a pretrained teacher, DataError where guidance lacks a mask or box.
+    Raises ConfigError where the config names a pretrained teacher or settings that do not fit the labels, DataError
+    where an image lacks a label, or the mask or box that guidance needs.
     """
     settings = experiment.teacher.train
     if settings is None:
@@ -60,6 +81,7 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
             f"the teacher is pretrained (weights: {experiment.teacher.weights}); nothing to teach"
         )
     images = open_images(layout.images(settings.split))
+    _check_labels(images, settings)
     run = Run(layout.teacher)
     if fabric.is_global_zero:
         run.open({"teacher": experiment.teacher.model_dump(mode="json"), "images": images.fingerprint})
@@ -70,6 +92,8 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     net = build(experiment.teacher, class_count(experiment, images))
+    if settings.init:
+        start_from(net, experiment.teacher, settings.init)
     if fabric.world_size > 1:
         convert(net.net)
     explainer = build_explainer(experiment.explain, net)
@@ -92,11 +116,11 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
             world=fabric.world_size,
         ),
         TeacherStep(
-            settings.loss,
-            settings.guide,
+            settings,
             PairedAugment(
                 settings.augment, seed=settings.seed, keys=images.keys, map_size=net.map_size(images.size)
             ),
+            key_ids(images.keys),
             fabric,
         ),
         run,
@@ -107,6 +131,7 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
         )
         if validation
         else None,
+        front=ParetoFront(run.path, settings.pareto) if settings.pareto else None,
         progress=progress,
         label="teach",
     )
@@ -115,6 +140,24 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
         run.finish(result)
     fabric.barrier()
     return result
+
+
+def _check_labels(images: ImageSet, settings: TeachConfig) -> None:
+    """Raises DataError or ConfigError where labels and settings do not go together."""
+    labels, guide = images.labels, settings.guide
+    if any(label is None for label in labels):
+        raise DataError(
+            f"{images.place} has unlabelled images, and a teacher learns from labels; use labelled data"
+        )
+    if not any(isinstance(label, tuple) for label in labels):
+        return
+    if settings.loss == "ce":
+        raise ConfigError(f"{images.place} has several labels an image: set teacher.train.loss to bce")
+    if guide and guide.by == "mask":
+        raise ConfigError(
+            f"{images.place} has several labels an image, and a mask does not say whose it is: set "
+            "teacher.train.guide.by to box"
+        )
 
 
 def _validation_rows(experiment: Experiment, layout: Layout, settings: TeachConfig) -> PairedRows | None:

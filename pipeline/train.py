@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from artifacts.errors import E2kdError
+from artifacts.errors import ConfigError, E2kdError
 from pipeline.config import Schedule
 from pipeline.data.loader import Batch, TrainBatches
 from pipeline.launch import reduced
 from pipeline.models import save_weights
+from pipeline.pareto import ParetoFront
 from pipeline.progress import Progress
-from pipeline.run import Run
+from pipeline.run import CheckpointError, Run
 
 LossFn = Callable[[nn.Module, Batch, int, int], dict[str, Tensor]]
 """(module, batch on the device, epoch, step of the run) -> {"loss": scalar, ...other scalars to log}."""
 
 Validate = Callable[[], dict[str, float]]
+"""Scores by name, the higher the better; the same ones at every call."""
+
+DEFAULT_SCORES = ("f1", "accuracy", "agreement")
+"""What `keep: best` goes by where `best_by` says nothing: the first of them that validation gives."""
 
 
 class Diverged(E2kdError):
@@ -40,27 +46,32 @@ def fit(
     run: Run,
     *,
     validate: Validate | None = None,
-    select: str = "accuracy",
+    front: ParetoFront | None = None,
     progress: Progress,
     label: str,
 ) -> None:
     """Train `module` (which contains `net`, whose weights are kept) from the run's checkpoint to its last epoch.
 
-    Leaves `net` with the kept epoch's weights (`settings.keep`); the same weights are in `best.safetensors` or
-    `last.safetensors`. Killed and started again, it ends with the same weights as in one go on the same device:
-    order, augmentation and the random state are functions of (seed, epoch), and a checkpoint is one atomic file.
+    The result is in `last.safetensors` or, by `settings.keep` and `best_by`, `best.safetensors` (`kept_weights`), and
+    the checkpoints of `front` in its files. Killed and started again, it ends with the same weights as in one go on the
+    same device: order, augmentation and the random state are functions of (seed, epoch), and a checkpoint is one atomic
+    file with all of `module`. Raises ConfigError where validation does not give a score that was asked for.
     """
     optimizer = build_optimizer(module, settings)
     state = run.load_state()
     if state:
-        net.load_state_dict(state["model"])
+        _resume(module, state, run)
     wrapped, optimizer = fabric.setup(module, optimizer)
     first, best = 0, -math.inf
     if state:
         optimizer.load_state_dict(state["optimizer"])
         first, best = state["epochs_done"], state["best"]
+    else:
+        _try_scores(settings, front, wrapped, validate)
     if fabric.is_global_zero:
         run.forget_after(first)
+        if front:
+            front.settle(run.history())
 
     total = settings.epochs * len(batches)
     pending: list[dict[str, float]] = []
@@ -90,16 +101,21 @@ def fit(
                 wrapped.eval()
                 scores = validate()
                 line |= {f"val_{name}": value for name, value in scores.items()}
-                if scores[select] > best and settings.keep == "best":
-                    best = scores[select]
+                score = scores[best_score(settings, scores)] if settings.keep == "best" else -math.inf
+                if score > best:
+                    best = score
                     if fabric.is_global_zero:
                         save_weights(net, run.path / "best.safetensors")
+                if front and fabric.is_global_zero:
+                    front.offer(run.history(), epoch, scores, net)
             pending.append(line)
             if due and fabric.is_global_zero:
                 # The log goes first: lines after the checkpoint's epoch are dropped on resume.
                 for entry in pending:
                     run.log(entry)
-                _checkpoint(run, net, optimizer, epoch + 1, best)
+                _checkpoint(run, module, net, optimizer, epoch + 1, best)
+                if front:
+                    front.settle(run.history())
             if due:
                 pending.clear()
             fabric.barrier()
@@ -132,10 +148,14 @@ def build_optimizer(module: nn.Module, settings: Schedule) -> torch.optim.Optimi
 
 
 def learning_rate(settings: Schedule, step: int, total: int) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then a half cosine to 0."""
+    """Linear warm-up over the first `warmup` share of the steps, then a half cosine to 0; or, by `schedule: step`, the
+    rate times gamma from each milestone on, a share of all steps."""
     warm = settings.warmup * total
     if step < warm:
         return settings.lr * (step + 1) / (warm + 1)
+    if settings.schedule == "step":
+        passed = sum(step >= round(share * total) for share in settings.milestones)
+        return settings.lr * settings.gamma**passed
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
@@ -145,10 +165,65 @@ def kept_weights(run: Run) -> Path:
     return best if best.exists() else run.path / "last.safetensors"
 
 
-def _checkpoint(run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, best: float) -> None:
+def best_score(settings: Schedule, scores: Mapping[str, float]) -> str:
+    """The score that `keep: best` goes by. Raises ConfigError where validation does not give it."""
+    wanted = (settings.best_by,) if settings.best_by else DEFAULT_SCORES
+    found = [name for name in wanted if name in scores]
+    if not found:
+        raise ConfigError(
+            f"keep: best needs {' or '.join(wanted)}, but validation gives {_listed(scores)}; "
+            "set best_by to one of these, or keep to last"
+        )
+    return found[0]
+
+
+def _try_scores(
+    settings: Schedule, front: ParetoFront | None, wrapped: nn.Module, validate: Validate | None
+) -> None:
+    """Where scores are asked for by name, validate the untrained model: a wrong name is an error now, not later."""
+    by_name = settings.keep == "best" and settings.best_by is not None
+    if not by_name and front is None:
+        return
+    if validate is None:
+        raise ConfigError("best_by and pareto need a validation split: set evaluate.select")
+    wrapped.eval()
+    scores = validate()
+    if by_name:
+        best_score(settings, scores)
+    missing = [name for name in front.names if name not in scores] if front else []
+    if missing:
+        raise ConfigError(
+            f"pareto asks for {', '.join(missing)}, but validation gives {_listed(scores)}; choose among these"
+        )
+
+
+def _listed(scores: Mapping[str, float]) -> str:
+    return ", ".join(scores) or "none"
+
+
+def _resume(module: nn.Module, state: Mapping[str, Any], run: Run) -> None:
+    """Raises CheckpointError where the checkpoint is not of this module."""
+    try:
+        module.load_state_dict(state["module"])
+    except (KeyError, RuntimeError):
+        raise CheckpointError(
+            f"{run.path / 'state.pt'} is of another version of e2kd; delete the run and train it again: "
+            f"rm -r {run.path}"
+        ) from None
+
+
+def _checkpoint(
+    run: Run, module: nn.Module, net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, best: float
+) -> None:
+    """All of `module` for the resumed run, `net` alone for its users."""
     save_weights(net, run.path / "last.safetensors")
     run.save_state(
-        {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epochs_done": epochs, "best": best}
+        {
+            "module": module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "epochs_done": epochs,
+            "best": best,
+        }
     )
 
 

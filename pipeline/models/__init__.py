@@ -6,7 +6,7 @@ The zoo is `build`; a network of your own is wrapped with `classifier`.
 from pipeline.models.bcos import BCosClassifier
 from pipeline.models.classifier import Classifier, classifier
 from pipeline.models.weights import load_weights, save_weights, weights_sha256
-from pipeline.models.zoo import build
+from pipeline.models.zoo import build, start_from
 
 Explainable = Classifier | BCosClassifier
 """What the zoo gives: takes images [B,3,H,W] in 0..1; has `net`, `classes`, `preprocess`, `map_size(image_size)`."""
@@ -19,5 +19,6 @@ __all__ = [
     "classifier",
     "load_weights",
     "save_weights",
+    "start_from",
     "weights_sha256",
 ]

@@ -61,6 +61,31 @@ def build(config: ModelConfig, classes: int = 1000) -> Classifier | BCosClassifi
     return model
 
 
+def start_from(model: Classifier | BCosClassifier, config: ModelConfig, origin: str) -> None:
+    """Give `model`, built from `config`, the weights of `origin` (as `ModelConfig.weights`) to be trained further.
+
+    Tensors of another shape, a head for other classes, keep their random start. Raises ModelError where the rest does
+    not fit.
+    """
+    if Path(origin).expanduser().is_file():
+        weights: Weights = read_weights(Path(origin).expanduser())
+    else:
+        weights = build(config.model_copy(update={"weights": origin}), PUBLISHED_CLASSES).net.state_dict()
+    own = model.net.state_dict()
+    other_shape = {name for name in own if name in weights and weights[name].shape != own[name].shape}
+    fill(model.net, {**weights, **{name: own[name] for name in other_shape}}, origin)
+    if len(other_shape) > MOST_OF_A_HEAD:
+        raise ModelError(
+            f"the weights in {origin} are of another {config.model}: {len(other_shape)} shapes differ"
+        )
+
+
+PUBLISHED_CLASSES = 1000
+"""Classes of all published weights that have a tag."""
+MOST_OF_A_HEAD = 2
+"""Tensors of a head: weight and bias."""
+
+
 def _bcos(config: ModelConfig, name: str, tag: str | None, classes: int) -> BCosClassifier:
     if config.mean or config.std:
         raise ModelError(f"{config.model} takes an image as [x, 1 - x]: remove mean and std")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.losses import energy_guidance_loss, explanation_loss, kd_loss, multilabel_kd_loss
+from pipeline.losses import explanation_loss, kd_loss, multilabel_kd_loss
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -38,15 +38,6 @@ def reference_explanation(student: Array, teacher: Array) -> tuple[float, float]
         if s.any() and t.any():
             distances.append(1 - s @ t / np.sqrt((s @ s) * (t @ t)))
     return float(np.mean(distances)) if distances else 0.0, len(distances) / len(student)
-
-
-def reference_guidance(maps: Array, masks: Array) -> tuple[float, float]:
-    shares = [
-        1 - (np.maximum(one, 0) * mask).sum() / np.maximum(one, 0).sum()
-        for one, mask in zip(maps, masks, strict=True)
-        if (one > 0).any()
-    ]
-    return float(np.mean(shares)) if shares else 0.0, len(shares) / len(maps)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:
@@ -98,22 +89,10 @@ def test_explanation_equals_the_reference(seed: int, batch: int, scale: float, d
     assert valid.item() == pytest.approx(share)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([1.0, 1e-7, 1e-12, 1e6]))
-def test_guidance_equals_the_reference(seed: int, batch: int, scale: float) -> None:
-    maps, masks = normal(batch, 2, 5, 4, seed=seed, scale=scale), normal(batch, 1, 5, 4, seed=seed + 1) > 0.3
-    maps[1::3] = -np.abs(maps[1::3])
-    found, valid = energy_guidance_loss(tensor(maps), torch.tensor(masks))
-    expected, share = reference_guidance(maps, masks.astype(float))
-    assert found.item() == pytest.approx(expected, abs=1e-5)
-    assert valid.item() == pytest.approx(share)
-
-
 LOSSES: list[tuple[str, Callable[[Tensor, Tensor], Any], tuple[int, ...]]] = [
     ("kd", lambda s, t: kd_loss(s, t, 5.0), (3, 4)),
     ("multilabel", multilabel_kd_loss, (3, 4)),
     ("explanation", lambda s, t: explanation_loss(s, t)[0], (3, 1, 4, 4)),
-    ("guidance", lambda s, t: energy_guidance_loss(s, t)[0], (3, 1, 4, 4)),
 ]
 
 
@@ -137,10 +116,9 @@ def test_computed_in_float32_with_gradients_for_the_student_only(
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-30, 1e-12, 1e-7])
-@pytest.mark.parametrize("loss", [explanation_loss, energy_guidance_loss])
-def test_vanishing_maps_have_finite_gradients(loss: Callable[[Tensor, Tensor], Any], scale: float) -> None:
+def test_vanishing_maps_have_finite_gradients(scale: float) -> None:
     maps, other = tensor(np.abs(normal(4, 1, 7, 7)) * scale), torch.rand(4, 1, 7, 7)
-    value, valid = loss(maps, other)
+    value, valid = explanation_loss(maps, other)
     value.backward()
     assert value.isfinite()
     assert maps.grad is not None
@@ -191,5 +169,3 @@ def test_a_nan_map_shows_in_the_loss() -> None:
 def test_maps_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="map_size"):
         explanation_loss(torch.rand(2, 1, 7, 7), torch.rand(2, 1, 14, 14))
-    with pytest.raises(ValueError, match="map_size"):
-        energy_guidance_loss(torch.rand(2, 1, 7, 7), torch.rand(2, 7, 7))
