@@ -29,6 +29,29 @@ def f1(logits: Tensor, labels: Tensor) -> Tensor:
     return 2 * hits / (predicted.sum() + true.sum()).clamp(min=1)
 
 
+def f1_counts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What micro F1 = 2 hits / (predicted + true) sums up: logits [B,C], labels 0/1 [B,C] -> int64 [B] each."""
+    predicted, true = logits >= 0, labels > 0
+    counts = {"hits": predicted & true, "predicted": predicted, "true": true}
+    return {f"f1_{name}": values.sum(1) for name, values in counts.items()}
+
+
+def in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Which labels int [B] are among the k highest logits [B,C]: bool [B]."""
+    return (logits.topk(k, dim=1).indices == labels[:, None]).any(1)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017): mean over samples of |accuracy - mean confidence| of their bin.
+
+    `bins` of equal width (low, high] of the top-1's probability; confidence and correct [N] in 0..1 -> 0..1.
+    """
+    place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    error = torch.zeros(bins, dtype=torch.float64)
+    error.scatter_add_(0, place, correct.double() - confidence.double())
+    return float(error.abs().sum()) / max(len(confidence), 1)
+
+
 def dead(maps: Tensor) -> Tensor:
     """Which maps [B,...] are all-zero: bool [B]."""
     return ~maps.flatten(1).any(1)

@@ -1,0 +1,39 @@
+"""The shift curve (paper Fig. 5): do explanations move with the image?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from artifacts import ImageSet
+from pipeline.config import EvaluateConfig
+from pipeline.metrics import shift_similarity
+
+BATCH = 32
+
+
+@torch.no_grad()
+def shift_curve(
+    explainer: nn.Module, images: ImageSet, settings: EvaluateConfig, device: torch.device
+) -> dict[str, list[Any]]:
+    """{"shifts": px, "cosine": mean over images}: maps of diagonally shifted images on the area that both show.
+
+    The explained class is the model's own for the image that is not shifted. Up to `evaluate.shift_images` images,
+    evenly over the set.
+    """
+    rows = np.linspace(0, len(images) - 1, min(settings.shift_images, len(images))).round().astype(np.int64)
+    found = []
+    for start in range(0, len(rows), BATCH):
+        pixels = torch.from_numpy(images.read_images(rows[start : start + BATCH])).to(device).float() / 255
+        classes = explainer(pixels, explain=False).logits.argmax(1)
+
+        def explain(shifted: Tensor, classes: Tensor = classes) -> Tensor:
+            maps: Tensor = explainer(shifted, classes).maps
+            return maps
+
+        found.append(shift_similarity(explain, pixels, settings.shifts))
+    means = torch.cat(found, 1).mean(1).cpu()
+    return {"shifts": list(settings.shifts), "cosine": [round(float(value), 5) for value in means]}
