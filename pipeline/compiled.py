@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.config import StudentConfig
-from pipeline.data.loader import Answers
+from pipeline.data.loader import Targets
+from pipeline.methods import Beside
 from pipeline.warp import resample
 
 Say = Callable[[str], None]
-LossesOf = Callable[[nn.Module, Tensor, Tensor, Answers | None, bool], dict[str, Tensor]]
+LossesOf = Callable[[nn.Module, Tensor, Tensor, Targets | None, bool], dict[str, Tensor]]
 """(student, images, labels, teacher, explain) -> scalars: StepLosses or CompiledLosses."""
 
 
@@ -31,16 +33,27 @@ class StepLosses:
         self.settings = settings
 
     def __call__(
-        self, student: nn.Module, images: Tensor, labels: Tensor, teacher: Answers | None, explain: bool
+        self,
+        student: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        teacher: Targets | None,
+        explain: bool,
+        beside: Beside | None = None,
     ) -> dict[str, Tensor]:
-        """`student` is an explainer, bare or wrapped.
+        """`student` is an explainer, bare or wrapped; with `beside` a `methods.WithPrior`.
 
-        {"logit_loss"}, and with `explain` {"explanation_loss", "valid_maps", "map_norm"} too: float scalars.
+        {"logit_loss"}, with `explain` {"explanation_loss", "valid_maps", "map_norm"}, with `beside` {"prior_loss"} too:
+        float scalars.
         """
+        more = {} if beside is None else {"beside": beside}
         if not explain:
-            return {"logit_loss": self._of_logits(student(images, explain=False).logits, labels, teacher)}
+            explained = student(images, explain=False, **more)
+            return {"logit_loss": self._of_logits(explained.logits, labels, teacher)} | _prior(
+                explained, beside
+            )
         assert teacher is not None
-        explained = student(images, teacher.classes, differentiable=True)
+        explained = student(images, teacher.classes, differentiable=True, **more)
         maps = explained.maps
         if maps.shape[-2:] != teacher.maps.shape[-2:]:  # compare_at: input
             maps = resample(maps, (teacher.maps.shape[-2], teacher.maps.shape[-1]))
@@ -50,13 +63,19 @@ class StepLosses:
             "explanation_loss": distance,
             "valid_maps": valid,
             "map_norm": explained.maps.detach().flatten(1).norm(dim=1).mean(),
-        }
+        } | _prior(explained, beside)
 
-    def _of_logits(self, logits: Tensor, labels: Tensor, teacher: Answers | None) -> Tensor:
-        if self.settings.loss != "kd":
+    def _of_logits(self, logits: Tensor, labels: Tensor, teacher: Targets | None) -> Tensor:
+        if self.settings.loss in ("ce", "bce"):
             return losses.label_loss(self.settings.loss, logits, labels)
         assert teacher is not None
+        if self.settings.loss == "l2d":
+            return losses.multilabel_kd_loss(logits, teacher.logits)
         return losses.kd_loss(logits, teacher.logits, self.settings.temperature)
+
+
+def _prior(explained: Any, beside: Beside | None) -> dict[str, Tensor]:
+    return {} if beside is None else {"prior_loss": explained.prior_loss}
 
 
 class CompiledLosses:
@@ -86,7 +105,7 @@ class CompiledLosses:
             say("train.compile: several processes are not compiled; they run eagerly")
 
     def __call__(
-        self, student: nn.Module, images: Tensor, labels: Tensor, teacher: Answers | None, explain: bool
+        self, student: nn.Module, images: Tensor, labels: Tensor, teacher: Targets | None, explain: bool
     ) -> dict[str, Tensor]:
         """As StepLosses. `student` is used as it is where the step runs eagerly."""
         if self.serves and explain not in self._compiled:
@@ -96,7 +115,7 @@ class CompiledLosses:
         with self.fabric.autocast():
             return self._compiled[explain](self.explainer, images, labels, teacher, explain)
 
-    def _prepare(self, images: Tensor, labels: Tensor, teacher: Answers | None, explain: bool) -> None:
+    def _prepare(self, images: Tensor, labels: Tensor, teacher: Targets | None, explain: bool) -> None:
         self._compiled[explain] = torch.compile(
             self.eager, backend=self._backend, fullgraph=True, dynamic=False
         )

@@ -12,21 +12,28 @@ from torch import Tensor, nn
 
 from artifacts import ImageSet, TeacherStore, open_images
 from artifacts.errors import ConfigError
+from pipeline import losses
 from pipeline.augment import PairedAugment
 from pipeline.compiled import CompiledLosses, LossesOf, StepLosses
-from pipeline.config import Experiment, StudentConfig
-from pipeline.data.loader import Answers, Batch, PairedRows, TrainBatches
+from pipeline.config import Experiment, ExplainConfig, StudentConfig
+from pipeline.data.loader import Batch, PairedRows, Targets, TrainBatches
 from pipeline.data.rows import select_rows
-from pipeline.evaluate import score, student_answers
+from pipeline.draws import mixup_share
+from pipeline.explainers import BCos, GradCAM
 from pipeline.launch import share_of_valid
 from pipeline.layout import Layout
-from pipeline.models import Explainable, build, load_weights
+from pipeline.methods import Beside, WithPrior
+from pipeline.methods import build as build_prior
+from pipeline.methods.losses import Seen
+from pipeline.models import Explainable, build
 from pipeline.models.sync_norm import convert
 from pipeline.precompute import open_matching_store
 from pipeline.progress import Progress
 from pipeline.run import Run
+from pipeline.student import evaluate_student, score_student, scored_rows
+from pipeline.targets import class_share, drawn, drawn_targets, mixed, mixed_targets, positive_classes
 from pipeline.teacher import build_explainer, class_count, load_teacher
-from pipeline.train import fit, kept_weights
+from pipeline.train import fit
 from pipeline.warp import resample
 
 
@@ -34,42 +41,71 @@ from pipeline.warp import resample
 class StudentStep:
     """One training step's loss: L = L_KD + lambda * L_exp (paper Eq. 2), or L_KD replaced by a loss on labels.
 
-    `teacher` is the online explainer, or None for frozen targets (paper Sec. 3.3).
+    `teacher` is the online explainer, or None for frozen targets (paper Sec. 3.3). `explained` is the config's section
+    `explain`, which says what an online teacher explains; `classes` is C.
     """
 
     settings: StudentConfig
+    explained: ExplainConfig
     augment: PairedAugment
+    classes: int
     teacher: nn.Module | None
     fabric: Fabric
     compiled: LossesOf | None = None
+    prior: WithPrior | None = None
 
     def __call__(self, student: nn.Module, batch: Batch, epoch: int, step: int = 0) -> dict[str, Tensor]:
         settings = self.settings
         explain = settings.explanation_weight > 0 and step % settings.explain_every == 0
-        stored_maps = batch.teacher.maps if batch.teacher and explain else None
-        images, maps, _ = self.augment(batch.images, stored_maps, batch.rows, epoch)
-        teacher = self._targets(batch, images, maps, explain) if settings.needs_teacher else None
-        losses = self.compiled or StepLosses(settings)
-        found = losses(student, images, batch.labels, teacher, explain)
+        share = class_share(self.augment.seed, epoch, self.augment.identities(batch.rows))
+        stored = None if batch.teacher is None else drawn_targets(batch.teacher, share)
+        images, maps, _ = self.augment(
+            batch.images, stored.maps if stored and explain else None, batch.rows, epoch
+        )
+        targets = stored if stored is None or maps is None else stored._replace(maps=maps)
+        labels = batch.labels
+        if settings.mixup:
+            images, labels, targets = self._mix(images, labels, targets, epoch, step)
+        more = {}
+        if self.teacher is not None:
+            targets, seen = self._ask(self.teacher, images, share, explain)
+            more = {} if seen is None else {"beside": Beside(seen, batch.rows, epoch)}
+        found = (self.compiled or StepLosses(settings))(student, images, labels, targets, explain, **more)
+        total = found["logit_loss"] + found.get("prior_loss", 0.0)
         if not explain:
-            return {"loss": found["logit_loss"]}
+            return {"loss": total, **({} if self.prior is None else found)}
         explanation_loss = found["explanation_loss"] * share_of_valid(self.fabric, found["valid_maps"])
-        total = found["logit_loss"] + settings.explanation_weight * explanation_loss
+        total = total + settings.explanation_weight * explanation_loss
         return {"loss": total, **found, "explanation_loss": explanation_loss}
 
-    def _targets(self, batch: Batch, images: Tensor, maps: Tensor | None, explain: bool) -> Answers:
-        """As stored, the map warped with the image; or the online teacher's answers for these very images. Maps are
-        for `explain` only."""
-        if self.teacher is None:
-            assert batch.teacher is not None
-            return batch.teacher if maps is None else batch.teacher._replace(maps=maps)
+    def _mix(
+        self, images: Tensor, labels: Tensor, targets: Targets | None, epoch: int, step: int
+    ) -> tuple[Tensor, Tensor, Targets | None]:
+        """mixup: an online teacher sees the mixed images; frozen targets are mixed as the images are."""
+        share = mixup_share(self.settings.mixup, self.augment.seed, epoch, step)
+        if self.settings.loss in ("ce", "bce"):
+            labels = mixed(losses.label_targets(self.settings.loss, labels, self.classes), share)
+        return mixed(images, share), labels, targets and mixed_targets(targets, share)
+
+    def _ask(
+        self, teacher: nn.Module, images: Tensor, share: Tensor, explain: bool
+    ) -> tuple[Targets, Seen | None]:
+        """The online teacher's answers for these very images, and features for a prior method. Maps are for `explain`
+        only."""
+
+        def one_positive(logits: Tensor) -> Tensor:
+            classes = positive_classes(logits, self.explained.most)
+            return classes.gather(1, drawn(classes, share)[:, None])[:, 0]
+
+        rule = one_positive if self.explained.classes == "positive" else None
+        seen = None
         with torch.no_grad():
-            answer = self.teacher(images, explain=explain)
-        return Answers(
-            answer.logits,
-            answer.classes,
-            resample(answer.maps, self.augment.map_size) if explain else answer.maps,
-        )
+            if self.prior is None:
+                answer = teacher(images, rule, explain=explain)
+            else:
+                answer, seen = self.prior.ask(teacher, images, rule, explain)
+        maps = resample(answer.maps, self.augment.map_size) if explain else answer.maps
+        return Targets(answer.logits, answer.classes, maps), seen
 
 
 def distill(
@@ -99,13 +135,14 @@ def distill(
     explainer = build_explainer(experiment.explain, net)
     augment = _paired_augment(experiment, settings, seed, images, net)
     teacher = _online_teacher(experiment, layout, fabric, images) if settings.asks_online else None
-    validation = _scored_rows(experiment, layout, experiment.evaluate.select, settings.cache_mib)
-    compiled = (
-        CompiledLosses(StepLosses(settings), explainer, fabric, progress.say) if settings.compile else None
-    )
+    validation = scored_rows(experiment, layout, experiment.evaluate.select, settings.cache_mib)
+    prior = _with_prior(settings, fabric, explainer, net, teacher, data)
+    compiled = None
+    if settings.compile and prior is None:
+        compiled = CompiledLosses(StepLosses(settings), explainer, fabric, progress.say)
     fit(
         fabric,
-        explainer,
+        prior or explainer,
         net.net,
         settings,
         seed,
@@ -117,10 +154,9 @@ def distill(
             rank=fabric.global_rank,
             world=fabric.world_size,
         ),
-        StudentStep(settings, augment, teacher, fabric, compiled),
+        StudentStep(settings, experiment.explain, augment, classes, teacher, fabric, compiled, prior),
         run,
-        validate=(lambda: _score(experiment, fabric, explainer, validation)) if validation else None,
-        select=_selection_metric(images, validation),
+        validate=(lambda: score_student(experiment, fabric, explainer, validation)) if validation else None,
         progress=progress,
         label=f"{name} seed {seed}",
     )
@@ -136,52 +172,17 @@ def distill(
     return result
 
 
-def evaluate_student(
-    experiment: Experiment, layout: Layout, fabric: Fabric, name: str, seed: int
-) -> dict[str, Any]:
-    """Scores of the run's kept weights on `evaluate.select` and `evaluate.splits`: the contents of result.json."""
-    explainer = load_student(experiment, layout, name, seed).to(fabric.device)
-    names = [split for split in (experiment.evaluate.select, *experiment.evaluate.splits) if split]
-    splits = {}
-    for split in dict.fromkeys(names):
-        rows = _scored_rows(experiment, layout, split, cache_mib=0)
-        assert rows is not None
-        splits[split] = _score(experiment, fabric, explainer, rows)
-    return {"student": name, "seed": seed, "splits": splits}
-
-
-def load_student(experiment: Experiment, layout: Layout, name: str, seed: int) -> nn.Module:
-    """The explainer of a trained student, in eval mode on the CPU."""
-    run = Run(layout.run(name, seed))
-    settings = experiment.students[name]
-    net = build(settings, class_count(experiment, open_images(layout.images(settings.split))))
-    load_weights(net.net, kept_weights(run))
-    return build_explainer(experiment.explain, net.eval())
-
-
-def _score(
-    experiment: Experiment, fabric: Fabric, explainer: nn.Module, rows: PairedRows
-) -> dict[str, float]:
-    explainer.eval()
-    return score(fabric, student_answers(explainer), rows, experiment.evaluate.batch_size)
-
-
-def _scored_rows(
-    experiment: Experiment, layout: Layout, split: str | None, cache_mib: int
-) -> PairedRows | None:
-    if split is None:
-        return None
-    images = open_images(layout.images(split))
-    store = open_matching_store(experiment, layout, split, images)
-    return PairedRows(images, store, masks="any", cache_mib=cache_mib)
-
-
 def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStore, name: str) -> PairedRows:
-    unlabelled = any(label is None for label in images.labels)
-    if unlabelled and (settings.loss != "kd" or settings.shots):
+    by_labels = settings.loss in ("ce", "bce")
+    if any(label is None for label in images.labels) and (by_labels or settings.shots):
         raise ConfigError(
-            f"student {name} needs labels ({f'loss: {settings.loss}' if settings.loss != 'kd' else 'shots'}), "
+            f"student {name} needs labels ({f'loss: {settings.loss}' if by_labels else 'shots'}), "
             f"but {images.place} has unlabelled images; use loss: kd without shots, or labelled data"
+        )
+    if any(isinstance(label, tuple) for label in images.labels) and (settings.loss == "ce" or settings.shots):
+        raise ConfigError(
+            f"student {name} ({'loss: ce' if settings.loss == 'ce' else 'shots'}) needs one label an image, but "
+            f"{images.place} has lists of them; use loss: bce or l2d, and rows instead of shots"
         )
     rows = select_rows(images.labels, settings.rows, settings.shots)
     frozen = settings.mode == "frozen" and settings.needs_teacher
@@ -202,9 +203,27 @@ def _online_teacher(experiment: Experiment, layout: Layout, fabric: Fabric, imag
     return build_explainer(experiment.explain, load_teacher(experiment, layout, images)).to(fabric.device)
 
 
-def _selection_metric(images: ImageSet, validation: PairedRows | None) -> str:
-    labelled = validation is None or all(label is not None for label in validation.images.labels)
-    return "accuracy" if labelled else "agreement"
+def _with_prior(
+    settings: StudentConfig,
+    fabric: Fabric,
+    explainer: nn.Module,
+    student: Explainable,
+    teacher: nn.Module | None,
+    data: PairedRows,
+) -> WithPrior | None:
+    """The student with the modules of a prior method, where the config names one."""
+    if settings.prior is None:
+        return None
+    assert isinstance(teacher, GradCAM | BCos)
+    if settings.prior.method == "crd" and fabric.world_size > 1:
+        raise ConfigError(
+            "prior method crd keeps its memory in one process; train this student without torchrun"
+        )
+    every = data.images.labels
+    labels = [every[row] for row in data.rows.tolist()]
+    known = torch.tensor([label if isinstance(label, int) else -1 for label in labels])
+    rows, size = torch.from_numpy(data.rows), data.images.size
+    return build_prior(settings.prior, explainer, student, teacher.model, size, rows, known)
 
 
 def _identity(

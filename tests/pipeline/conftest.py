@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning_fabric import Fabric
+from safetensors.torch import load_file
 
+from pipeline import distill
 from pipeline.config import Experiment, parse
 from pipeline.layout import Layout
 from pipeline.progress import Quiet
+from pipeline.run import Run
 from pipeline.stages import prepare_stores
 
 TINY: dict[str, Any] = {
@@ -75,3 +79,45 @@ def prepared(prepared_root: Path, tmp_path: Path) -> Layout:
 @pytest.fixture(scope="session")
 def experiment_of() -> Callable[..., Experiment]:
     return tiny
+
+
+class _Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture
+def compare_killed_run(
+    fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Experiment, Layout, str, int], None]:
+    """(experiment, layout, student, step): killed in that step and resumed, the run ends bit for bit as in one go."""
+
+    def compare(experiment: Experiment, layout: Layout, student: str, step: int) -> None:
+        def train() -> None:
+            distill.distill(experiment, layout, fabric, student, 1, Quiet())
+
+        train()
+        whole = layout.run(student, 1).rename(layout.root / "whole")
+        calls, real = iter(range(1000)), distill.StudentStep.__call__
+
+        def dies(self: object, *args: object) -> object:
+            if next(calls) == step:
+                raise _Killed
+            return real(self, *args)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(distill.StudentStep, "__call__", dies)
+            with pytest.raises(_Killed):
+                train()
+        torch.manual_seed(12345)  # whatever happened in between
+        train()
+        resumed = layout.run(student, 1)
+        for file in whole.glob("*.safetensors"):
+            a, b = load_file(file), load_file(resumed / file.name)
+            assert all(torch.equal(a[key], b[key]) for key in a), file
+        assert _history(whole) == _history(resumed)
+
+    return compare
+
+
+def _history(run: Path) -> list[dict[str, object]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in Run(run).history()]

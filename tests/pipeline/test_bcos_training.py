@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,28 @@ BCOS: dict[str, Any] = {
 }
 
 
-def test_the_whole_pipeline(tmp_path: Path, experiment_of: Tiny, fabric: Fabric) -> None:
-    experiment, layout = experiment_of(**BCOS), Layout(tmp_path / "bcos")
-    prepare_stores(experiment, layout, fabric, Quiet())
+@pytest.fixture(scope="module")
+def bcos_root(tmp_path_factory: pytest.TempPathFactory, experiment_of: Tiny, fabric: Fabric) -> Path:
+    root = tmp_path_factory.mktemp("bcos") / "bcos"
+    prepare_stores(experiment_of(**BCOS), Layout(root), fabric, Quiet())
+    return root
+
+
+@pytest.mark.parametrize("student", ["e2kd", "e2kd-frozen"])
+def test_killed_and_resumed_is_bit_identical(
+    student: str,
+    bcos_root: Path,
+    tmp_path: Path,
+    experiment_of: Tiny,
+    compare_killed_run: Callable[[Experiment, Layout, str, int], None],
+) -> None:
+    layout = Layout(Path(shutil.copytree(bcos_root, tmp_path / "bcos")))
+    experiment = experiment_of(**{**BCOS, "train": {**BCOS["train"], "epochs": 3}})
+    compare_killed_run(experiment, layout, student, 4)
+
+
+def test_the_whole_pipeline(bcos_root: Path, experiment_of: Tiny, fabric: Fabric) -> None:
+    experiment, layout = experiment_of(**BCOS), Layout(bcos_root)
     where = layout.store("bcos-raw", "train")
     assert verify_store(where, layout.images("train")).ok
     store, images = open_store(where), open_images(layout.images("train"))

@@ -1,0 +1,206 @@
+"""The prior methods: their losses by hand, the stages they compare, and students that train with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from artifacts.errors import ConfigError, ModelError
+from pipeline import explainers
+from pipeline.config import Experiment, ModelConfig, PriorConfig
+from pipeline.distill import distill
+from pipeline.layout import Layout
+from pipeline.methods import Beside, build
+from pipeline.methods.losses import (
+    AttentionTransfer,
+    ClassAttentionTransfer,
+    Contrast,
+    Seen,
+    attention,
+    contrast_loss,
+    pyramid_distance,
+)
+from pipeline.methods.stages import Stages
+from pipeline.models import build as build_model
+from pipeline.progress import Quiet
+from pipeline.run import Run
+
+Tiny = Callable[..., Experiment]
+ROWS = torch.arange(4)
+
+STAGES = {
+    "toy/resnet": [(16, 32), (64, 16)],
+    "torchvision/resnet18": [(64, 16), (128, 8), (256, 4), (512, 2)],
+    "torchvision/resnet50": [(256, 16), (512, 8), (1024, 4), (2048, 2)],
+    "torchvision/convnext_tiny": [(96, 16), (192, 8), (384, 4), (768, 2)],
+    "torchvision/efficientnet_v2_s": [(48, 16), (64, 8), (160, 4), (1280, 2)],
+    "torchvision/mobilenet_v2": [(24, 16), (32, 8), (96, 4), (1280, 2)],
+    "torchvision/shufflenet_v2_x0_5": [(24, 16), (48, 8), (96, 4), (1024, 2)],
+    "torchvision/densenet121": [(256, 16), (512, 8), (1024, 4), (1024, 2)],
+    "timm/tf_efficientnet_lite0": [(24, 16), (40, 8), (112, 4), (1280, 2)],
+    "bcos/small": [(16, 32), (32, 16), (64, 8)],
+    "bcos/resnet18": [(64, 16), (128, 8), (256, 4), (512, 2)],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_are_the_last_features_of_each_size(name: str) -> None:
+    model = build_model(ModelConfig(model=name), 10).eval()
+    stages = Stages(model, 64)
+    assert [(shape[1], shape[2]) for shape in stages.shapes] == STAGES[name]
+    with stages.recording() as found:
+        logits = model(torch.rand(2, 3, 64, 64))
+    assert [tuple(f.shape[1:3]) for f in stages.features(found)] == STAGES[name]
+    if name in ("toy/resnet", "bcos/small", "torchvision/resnet18"):  # class maps average to the logits
+        means = stages.activation_maps(found).mean((2, 3))
+        offset = logits - means
+        assert torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_transformer_has_no_stages() -> None:
+    with pytest.raises(ModelError, match="use a convolutional network"):
+        Stages(build_model(ModelConfig(model="bcos/simple_vit_ti_patch16_224"), 10), 224)
+
+
+def test_attention_transfer_by_hand() -> None:
+    features = torch.tensor([[[[3.0, 0.0]], [[0.0, 4.0]]]])  # squares' mean over channels: 4.5, 8
+    expected = torch.tensor([[4.5, 8.0]]) / math.hypot(4.5, 8)
+    assert torch.allclose(attention(features), expected)
+    other = torch.ones(1, 1, 1, 2)
+    loss = AttentionTransfer()(Seen([features], None), Seen([other], None), ROWS, 0)
+    assert float(loss) == pytest.approx(float((expected - 0.5**0.5).square().mean()))
+
+
+def test_attention_transfer_ignores_scale_and_surplus_stages() -> None:
+    deep = torch.rand(2, 5, 4, 4)
+    student = Seen([torch.rand(2, 3, 8, 8), deep], None)
+    teacher = Seen([3 * deep], None)
+    assert float(AttentionTransfer()(student, teacher, ROWS, 0)) == pytest.approx(0, abs=1e-12)
+
+
+def test_class_attention_transfer_by_hand() -> None:
+    own = torch.zeros(1, 1, 4, 4)
+    own[0, 0, :2, :2] = 5.0  # pooled: one of four places, normalised to 1
+    theirs = torch.ones(1, 1, 4, 4)  # pooled and normalised: four times 1/2
+    loss = ClassAttentionTransfer(2)(Seen([], own), Seen([], theirs), ROWS, 0)
+    assert float(loss) == pytest.approx((0.5**2 + 3 * 0.5**2) / 4)
+
+
+def test_pyramid_distance_by_hand() -> None:
+    own, theirs = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    at = [F.mse_loss(F.adaptive_avg_pool2d(own, s), F.adaptive_avg_pool2d(theirs, s)) for s in (4, 2, 1)]
+    assert torch.allclose(pyramid_distance(own, theirs), (at[0] + at[1] / 2 + at[2] / 4) / 1.75)
+
+
+def test_contrast_loss_by_hand() -> None:
+    scores = torch.tensor([[2.0, 0.5, 1.0]])
+    noise = 2 / 8
+    expected = -(math.log(2 / 2.25) + math.log(0.25 / 0.75) + math.log(0.25 / 1.25))
+    assert float(contrast_loss(scores, rows=8)) == pytest.approx(expected)
+    assert noise == 0.25
+
+
+def test_negatives_are_of_other_classes_and_all_of_them() -> None:
+    torch.manual_seed(0)
+    rows, labels = torch.tensor([3, 5, 8, 9, 11, 20]), torch.tensor([1, 0, 1, 2, 0, 2])
+    contrast = Contrast(4, 4, rows, labels, 400)
+    places = contrast.places[rows]  # type: ignore[index]
+    assert sorted(places.tolist()) == list(range(6))
+    label_at = torch.empty(6, dtype=torch.int64)
+    label_at[places] = labels
+    for row, chosen in zip(range(6), contrast._other_classes(places), strict=True):
+        expected = {place for place in range(6) if label_at[place] != labels[row]}
+        assert set(chosen.tolist()) == expected
+    unlabelled = Contrast(4, 4, rows, torch.full((6,), -1), 400)
+    for place, chosen in zip(range(6), unlabelled._other_classes(torch.arange(6)), strict=True):
+        assert set(chosen.tolist()) == set(range(6)) - {place}
+
+
+def test_contrast_remembers_and_keeps_its_constant() -> None:
+    torch.manual_seed(0)
+    contrast = Contrast(4, 6, torch.arange(10), torch.arange(10) % 2, 5, width=8).train()
+    seen = Seen([torch.rand(3, 4, 2, 2)], None), Seen([torch.rand(3, 6, 2, 2)], None)
+    before = contrast.memory.clone()
+    first = contrast(*seen, torch.tensor([0, 1, 2]), 0)
+    constant = contrast.normaliser.clone()
+    assert (constant > 0).all()
+    changed = (contrast.memory != before).any(2)
+    assert changed[0].sum() == changed[1].sum() == 3
+    assert torch.allclose(contrast.memory[:, changed[0]].norm(dim=2), torch.ones(2, 3))
+    second = contrast(*seen, torch.tensor([0, 1, 2]), 1)
+    assert torch.equal(contrast.normaliser, constant)
+    assert second != first
+
+
+PRIORS: dict[str, dict[str, Any]] = {
+    "at": {"method": "at"},
+    "reviewkd": {"method": "reviewkd"},
+    "catkd": {"method": "catkd"},
+    "crd": {"method": "crd", "negatives": 16},
+}
+
+
+@pytest.mark.parametrize("kind", ["toy/resnet", "bcos/small"])
+@pytest.mark.parametrize("name", PRIORS)
+def test_gradients_reach_the_first_layer_and_every_adapter(name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    student, teacher = (build_model(ModelConfig(model=kind, width=width), 3) for width in (4, 8))
+    explainer = explainers.build("auto", student)
+    rows, labels = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    settings = PriorConfig.model_validate(PRIORS[name])
+    with_prior = build(settings, explainer, student, teacher, 32, rows, labels).train()
+    images = torch.rand(6, 3, 32, 32)
+    answer, seen = with_prior.ask(explainers.build("auto", teacher.eval()), images, None, True)
+    found = with_prior(images, answer.classes, differentiable=True, beside=Beside(seen, rows, 20))
+    assert found.prior_loss is not None
+    assert found.maps.requires_grad
+    found.prior_loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in with_prior.method.parameters())
+    first: Tensor = next(student.parameters())
+    assert first.grad is not None
+    assert first.grad.abs().sum() > 0
+    assert not any(p.grad is not None for p in teacher.parameters())
+
+
+STUDENTS = {
+    name: {
+        "loss": "ce",
+        "mode": "online",
+        "prior": prior,
+        **({"explanation_weight": 1} if name == "crd" else {}),
+    }
+    for name, prior in PRIORS.items()
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students_train_with_a_prior_method(
+    name: str, prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    distill(experiment_of(students=STUDENTS), prepared, fabric, name, 0, Quiet())
+    history = Run(prepared.run(name, 0)).history()
+    assert all(math.isfinite(line["prior_loss"]) for line in history)
+    assert ("explanation_loss" in history[0]) == (name == "crd")
+
+
+@pytest.mark.parametrize("name", ["reviewkd", "crd"])
+def test_killed_and_resumed_is_bit_identical(
+    name: str,
+    prepared: Layout,
+    experiment_of: Tiny,
+    compare_killed_run: Callable[[Experiment, Layout, str, int], None],
+) -> None:
+    compare_killed_run(experiment_of(students=STUDENTS), prepared, name, 5)
+
+
+def test_frozen_students_have_no_features_to_compare(experiment_of: Tiny) -> None:
+    with pytest.raises(ConfigError, match="set mode to online"):
+        experiment_of(students={"at": {"loss": "ce", "prior": {"method": "at"}}})
