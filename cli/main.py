@@ -100,16 +100,32 @@ def distill(
     dry_run: DryOpt = False,
     student: Annotated[list[str] | None, typer.Option(help="only these students; repeatable")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="only these seeds; repeatable")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time on this machine")] = 1,
+    rank: Annotated[
+        int | None, typer.Option(help="this process's number among independent ones, from 0")
+    ] = None,
+    world: Annotated[int | None, typer.Option(help="how many independent processes share the runs")] = None,
+    report_: Annotated[bool, typer.Option("--report/--no-report", help="the scorecard at the end")] = True,
 ) -> None:
-    """Stage 2: train every student x seed that is not done, evaluate, and report (stage 1 first where missing)."""
-    job = _open(config, set_, out, dry_run)
-    from pipeline.stages import distill_all
+    """Stage 2: train every student x seed that is not done, evaluate, and report (stage 1 first where missing).
 
-    students = _pick("student", student, list(job.experiment.students))
+    A sweep's candidates are trained with the first seed, the best of each with all. Safe to start several times at
+    once: a run is one process's (or one torchrun's) at a time.
+    """
+    job = _open(config, set_, out, dry_run)
+    from pipeline.launch import Part
+    from pipeline.stages import distill_all, distill_at_once
+
+    students = _pick_students(job.experiment, student)
     seeds = _pick("seed", seed, list(job.experiment.seeds))
-    fabric = job.fabric()
-    distill_all(job.experiment, job.layout, fabric, job.progress, students, seeds)
-    if fabric.is_global_zero:
+    part, fabric = Part.of(rank, world), job.fabric()
+    if jobs > 1:
+        arguments = ["distill", str(config), "--out", str(job.layout.root)]
+        arguments += [word for override in set_ or () for word in ("--set", override)]
+        distill_at_once(job.experiment, job.layout, fabric, job.progress, students, seeds, jobs, arguments)
+    else:
+        distill_all(job.experiment, job.layout, fabric, job.progress, students, seeds, part)
+    if fabric.is_global_zero and report_:
         _report(job)
 
 
@@ -263,6 +279,16 @@ def _pick(what: str, wanted: Sequence[T] | None, known: Sequence[T]) -> list[T]:
     if unknown:
         raise ConfigError(f"no {what} {unknown[0]} in the config; it has {', '.join(map(str, known))}")
     return list(wanted or known)
+
+
+def _pick_students(experiment: Experiment, wanted: Sequence[str] | None) -> list[str]:
+    """By name; a swept student's name stands for all its candidates."""
+    from pipeline.sweep import methods
+
+    swept = {method.name: method.candidates for method in methods(experiment)}
+    known = dict.fromkeys([*swept, *experiment.students])
+    picked = [name for name in _pick("student", wanted, list(known))]
+    return list(dict.fromkeys(student for name in picked for student in swept.get(name, (name,))))
 
 
 def _report(job: _Job) -> None:

@@ -6,14 +6,19 @@ never mixed with new ones.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning_fabric import Fabric
 
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, E2kdError
@@ -37,7 +42,8 @@ class Run:
         """Begin or continue the run. Raises ConfigError where it was begun with other settings."""
         text = yaml.safe_dump(settings, sort_keys=False, width=100)
         known = self.path / "config.yaml"
-        if not known.exists():
+        begun = self.done or (self.path / "state.pt").exists()
+        if not begun or not known.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(known, text.encode())
             return
@@ -49,6 +55,30 @@ class Run:
                 f"{self.path} was made with other settings:\n{lines}\n"
                 f"keep it and use another folder (--out DIR), or delete it: rm -r {self.path}"
             )
+
+    @contextmanager
+    def lock(self, fabric: Fabric) -> Iterator[bool]:
+        """Whether this process (with the others of its `fabric`) is the only one at the run; a lock ends with its
+        process.
+
+        Where the folder's file system knows no locks, everybody may.
+        """
+        mine, file = True, None
+        if fabric.is_global_zero:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                mine = False
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                    raise
+        try:
+            yield bool(fabric.broadcast(mine))
+        finally:
+            if file is not None:
+                file.close()
 
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.path / name, data)

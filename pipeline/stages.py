@@ -8,14 +8,18 @@ from lightning_fabric import Fabric
 
 from artifacts import open_images
 from artifacts.durable import write_atomic
+from artifacts.errors import E2kdError
 from pipeline.config import Experiment, dump
-from pipeline.distill import distill, evaluate_student
+from pipeline.distill import distill
+from pipeline.jobs import run_jobs, this_command
 from pipeline.launch import Part, start
 from pipeline.layout import Layout
 from pipeline.pack import pack
 from pipeline.precompute import WHOLE, measure, precompute
 from pipeline.progress import Progress
 from pipeline.run import Run
+from pipeline.student import evaluate_student
+from pipeline.sweep import chosen, method_of, methods
 from pipeline.teach import teach
 
 
@@ -57,13 +61,103 @@ def distill_all(
     progress: Progress,
     students: Sequence[str],
     seeds: Sequence[int],
+    part: Part = WHOLE,
 ) -> None:
-    """Stage 2 for students x seeds. Finished runs are left alone."""
+    """Stage 2 for students x seeds, of a sweep's other seeds the chosen candidates only. Finished runs are left alone.
+
+    Of several independent processes each takes every `part.world`-th run; a run that another one is working on is left
+    to it.
+    """
     prepare_stores(experiment, layout, fabric, progress)
-    runs = [(name, seed) for seed in seeds for name in students]
-    for name, seed in runs:
-        distill(experiment, layout, start(experiment.students[name].precision), name, seed, progress)
-    progress.say(f"{len(runs)} runs are done in {layout.runs}")
+    first = _compared_runs(experiment, students, seeds)
+    busy = _run_each(experiment, layout, progress, first, part)
+    later, waiting = _chosen_runs(experiment, layout, students, seeds)
+    busy += _run_each(experiment, layout, progress, later, part)
+    _tell(layout, progress, len(first) + len(later), busy, waiting)
+
+
+def distill_at_once(
+    experiment: Experiment,
+    layout: Layout,
+    fabric: Fabric,
+    progress: Progress,
+    students: Sequence[str],
+    seeds: Sequence[int],
+    jobs: int,
+    arguments: Sequence[str],
+) -> None:
+    """As distill_all, `jobs` runs at a time, each a process of its own: `e2kd ARGUMENTS --student S --seed K`.
+
+    Raises E2kdError that names the runs that failed, after all others are done.
+    """
+    prepare_stores(experiment, layout, fabric, progress)
+    first = _compared_runs(experiment, students, seeds)
+    failed = run_jobs(_unfinished(layout, first), this_command(arguments), jobs, progress)
+    later, waiting = _chosen_runs(experiment, layout, students, seeds)
+    failed += run_jobs(_unfinished(layout, later), this_command(arguments), jobs, progress)
+    if failed:
+        names = ", ".join(f"{name} seed {seed} (exit code {code})" for (name, seed), code in failed)
+        raise E2kdError(f"{len(failed)} runs failed: {names}; what they said is above. The others are kept")
+    _tell(layout, progress, len(first) + len(later), [], waiting)
+
+
+def _unfinished(layout: Layout, runs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [(name, seed) for name, seed in runs if not Run(layout.run(name, seed)).done]
+
+
+def _compared_runs(
+    experiment: Experiment, students: Sequence[str], seeds: Sequence[int]
+) -> list[tuple[str, int]]:
+    """Every run that needs no choice before it."""
+    return [(name, seed) for seed in seeds for name in students if _compared(experiment, name, seed)]
+
+
+def _chosen_runs(
+    experiment: Experiment, layout: Layout, students: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """The chosen candidates' other seeds, and the sweeps that are not decided yet."""
+    choices, runs, waiting = chosen(experiment, layout), [], []
+    for method in methods(experiment):
+        asked = [name for name in method.candidates if name in students]
+        others = [seed for seed in seeds if asked and not _compared(experiment, asked[0], seed)]
+        if others and method.name not in choices:
+            waiting.append(method.name)
+        elif others and choices[method.name].student in asked:
+            runs += [(choices[method.name].student, seed) for seed in others]
+    return sorted(runs, key=lambda run: seeds.index(run[1])), waiting
+
+
+def _compared(experiment: Experiment, student: str, seed: int) -> bool:
+    """A swept student's first seed decides; students without a sweep run with every seed."""
+    return seed == experiment.seeds[0] or method_of(student) not in experiment.sweep
+
+
+def _run_each(
+    experiment: Experiment, layout: Layout, progress: Progress, runs: Sequence[tuple[str, int]], part: Part
+) -> list[str]:
+    """Returns the runs that other processes are working on."""
+    busy = []
+    for name, seed in runs[part.rank :: part.world]:
+        fabric = start(experiment.students[name].precision)
+        with Run(layout.run(name, seed)).lock(fabric) as mine:
+            if mine:
+                distill(experiment, layout, fabric, name, seed, progress)
+            else:
+                busy.append(f"{name} seed {seed}")
+                progress.say(f"{name} seed {seed} is being trained by another process; left to it")
+    return busy
+
+
+def _tell(layout: Layout, progress: Progress, runs: int, busy: Sequence[str], waiting: Sequence[str]) -> None:
+    if busy:
+        progress.say(f"others are working on: {', '.join(busy)}")
+    if waiting:
+        progress.say(
+            f"the sweep of {', '.join(waiting)} is not decided yet: run the same command again when the other runs are "
+            "done"
+        )
+    if not busy and not waiting:
+        progress.say(f"{runs} runs are done in {layout.runs}")
 
 
 def evaluate_all(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
