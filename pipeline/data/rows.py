@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Label = int | tuple[int, ...] | None
+from pipeline.data.source import Label
 
 
 def select_rows(labels: Sequence[Label], rows: int | None, shots: int | None) -> np.ndarray:

@@ -8,6 +8,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+Label = int | tuple[int, ...] | None
+"""A class, several of them (multi-label), or unlabelled."""
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -19,7 +22,7 @@ class RawSample:
 
     key: str
     image: Image.Image
-    label: int | None = None
+    label: Label = None
     group: int | None = None
     boxes: np.ndarray | None = None
     mask: Image.Image | None = None

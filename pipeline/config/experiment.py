@@ -1,0 +1,157 @@
+"""One experiment: the sections of a config file together, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Natural, Positive, Settings
+from pipeline.config.data import DataConfig
+from pipeline.config.training import AugmentConfig, Score, StudentConfig, TeacherConfig
+
+
+class ViewConfig(Settings):
+    """The canonical view: shorter side resized to `resize` (default: `size`), then the centre `size` x `size` px."""
+
+    size: Annotated[int, Field(ge=8, le=1024)]
+    resize: Annotated[int, Field(ge=8, le=2048)] | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ViewConfig:
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize ({self.resize}) must be at least size ({self.size})")
+        return self
+
+
+class ExplainConfig(Settings):
+    """What is explained and how; the same for teacher and student."""
+
+    explainer: Literal["auto", "gradcam", "bcos"] = Field(
+        "auto", description="auto: bcos (dynamic weights) for B-cos networks, gradcam for others"
+    )
+    logit: Literal["raw", "centred"] = Field(
+        "raw", description="raw: paper; centred: class logit minus mean logit"
+    )
+    compare_at: Literal["student", "input"] = Field(
+        "student",
+        description="size at which maps are compared: the student's own, or the image's (the authors' code)",
+    )
+    classes: Literal["top1", "positive"] = Field(
+        "top1",
+        description="explained: the teacher's first class (paper), or every class with a logit above 0 (multi-label)",
+    )
+    most: Positive = Field(4, description="positive only: at most so many classes an image, the highest")
+
+    @property
+    def stored(self) -> int:
+        """K: how many classes an image are explained in the store."""
+        return self.most if self.classes == "positive" else 1
+
+
+class StoreConfig(Settings):
+    """How the teacher's answers are stored."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="default: explainer and logit")
+    maps: Literal["auto", "fp16", "int8", "int6", "int5", "lossless"] = Field(
+        "auto", description="auto: fp16 for GradCAM, int6 for maps of the input's size (B-cos)"
+    )
+    logits: Literal["fp16", "uint12", "fp32"] = "fp16"
+    rows_per_shard: Annotated[int, Field(ge=1, le=65536)] = 1024
+    batch_size: Positive = Field(64, description="images per teacher forward pass")
+
+
+class EvaluateConfig(Settings):
+    """Which packed splits are scored; `select` chooses epochs (and, by you, settings) and is reported apart."""
+
+    splits: tuple[str, ...] = ("test",)
+    select: str | None = "val"
+    select_by: Score | None = Field(
+        None, description="the score that chooses among a sweep's runs; default: as train.best_by"
+    )
+    shifts: tuple[Natural, ...] = Field(
+        (), description="diagonal shifts in px of the shift curve, e.g. [0, 1, 2]"
+    )
+    shift_images: Positive = Field(256, description="images of the first split that the curve is measured on")
+    batch_size: Positive = 250
+
+
+def explained_by(model: str) -> str:
+    """The explainer of a model, by its family."""
+    return "bcos" if model.startswith("bcos/") else "gradcam"
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+StudentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(,[A-Za-z0-9_.]+=[^/,=]+)*$")]
+"""A sweep's runs are named `e2kd,temperature=5,explanation_weight=1`."""
+
+
+class Experiment(Settings):
+    """One experiment: one config file, one folder `out/<name>/`."""
+
+    data: DataConfig
+    also: dict[Name, DataConfig] = Field(
+        {}, description="unlabelled images of other data sets; the split NAME/train is the train of also.NAME"
+    )
+    artifacts: str | None = Field(
+        None,
+        description="folder or fsspec URL (s3://...) for image sets and stores; default: the experiment's folder",
+    )
+    view: ViewConfig
+    teacher: TeacherConfig
+    explain: ExplainConfig = ExplainConfig()
+    store: StoreConfig = StoreConfig()
+    augment: AugmentConfig = AugmentConfig()
+    students: dict[StudentName, StudentConfig] = Field(min_length=1)
+    sweep: dict[Name, dict[str, tuple[Any, ...]]] = Field(
+        {},
+        description="student: {key: values}: every combination is trained; the best on evaluate.select counts",
+    )
+    seeds: tuple[Natural, ...] = Field((0,), min_length=1)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    paper: str | None = Field(
+        None, description="the paper's numbers to show beside ours, e.g. table1/50-shots"
+    )
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Experiment:
+        for name, student in self.students.items():
+            if student.explanation_weight > 0 and explained_by(student.model) != explained_by(
+                self.teacher.model
+            ):
+                raise ValueError(
+                    f"student {name}: its explanations ({explained_by(student.model)}) cannot match the teacher's "
+                    f"({explained_by(self.teacher.model)}); set explanation_weight to 0, or use models of one kind"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sweeps_select(self) -> Experiment:
+        if self.sweep and self.evaluate.select is None:
+            raise ValueError("a sweep is decided on a validation split: set evaluate.select, or remove sweep")
+        return self
+
+    @property
+    def explainer(self) -> str:
+        """The teacher's."""
+        return (
+            explained_by(self.teacher.model) if self.explain.explainer == "auto" else self.explain.explainer
+        )
+
+    @property
+    def store_name(self) -> str:
+        return self.store.name or f"{self.explainer}-{self.explain.logit}"
+
+    @property
+    def answered_splits(self) -> tuple[str, ...]:
+        """Splits the teacher answers for in stage 1: what students train on, select on and are scored on."""
+        select = (self.evaluate.select,) if self.evaluate.select else ()
+        students = tuple(student.split for student in self.students.values())
+        return tuple(dict.fromkeys((*students, *select, *self.evaluate.splits)))
+
+    @property
+    def packed_splits(self) -> tuple[str, ...]:
+        """Every split that some stage reads."""
+        taught = (self.teacher.train.split,) if self.teacher.train else ()
+        return tuple(dict.fromkeys((*taught, *self.answered_splits)))

@@ -1,0 +1,137 @@
+"""Reading a config file: YAML, overrides, `train` laid under the students, and every problem at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from artifacts.errors import ConfigError
+from pipeline.config.base import Settings
+from pipeline.config.data import SOURCES
+from pipeline.config.experiment import Experiment
+from pipeline.config.grid import expand
+from pipeline.config.training import StudentConfig
+from pipeline.problems import describe, unknown_key
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a config file, apply `key.sub=value` overrides and validate.
+
+    Raises ConfigError that lists every problem at once.
+    """
+    raw = _read_yaml(path)
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse(raw, where=str(path))
+
+
+def parse(raw: Mapping[str, Any], where: str = "config") -> Experiment:
+    """Validate an already read config. Raises ConfigError that lists every problem at once."""
+    resolved, problems = _resolve_students(copy.deepcopy(dict(raw)))
+    try:
+        experiment = Experiment.model_validate(resolved)
+    except ValidationError as error:
+        problems += [
+            describe(problem, Experiment, SOURCES, more_keys=["train"]) for problem in error.errors()
+        ]
+    if problems:
+        distinct = list(dict.fromkeys(problems))
+        lines = "\n".join(f"  {problem}" for problem in distinct)
+        raise ConfigError(f"{where} has {len(distinct)} problem{'s' if len(distinct) > 1 else ''}:\n{lines}")
+    return experiment
+
+
+def dump(settings: Settings) -> str:
+    """The resolved settings as YAML, in the order of the class."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}.yaml?" if near else "; the configs are in configs/"
+        raise ConfigError(f"no config file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Experiment.model_fields)}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set train.epochs=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}") from None
+    *parents, last = key.split(".")
+    section: Any = raw
+    for name in parents:
+        section = section.setdefault(name, {}) if section.get(name) is not None else _replace(section, name)
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+    section[last] = value
+
+
+def _replace(section: dict[str, Any], name: str) -> dict[str, Any]:
+    section[name] = {}
+    return section[name]
+
+
+def _resolve_students(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Lay `augment` under `teacher.train` and `train`, and `train` under each student. Returns (config, problems)."""
+    defaults = raw.pop("train", None) or {}
+    augment = raw.get("augment") or {}
+    problems = [
+        f"{name}: must be a section (a mapping)"
+        for name, section in (("train", defaults), ("augment", augment))
+        if not isinstance(section, dict)
+    ]
+    if problems:
+        return {**raw, "augment": {}}, problems
+    problems += _unknown_keys("train", defaults, StudentConfig)
+    defaults = {key: value for key, value in defaults.items() if key in StudentConfig.model_fields}
+    students = raw.get("students")
+    sweep = raw.get("sweep") or {}
+    if isinstance(students, dict) and isinstance(sweep, dict):
+        students, wrong = expand({str(name): own for name, own in students.items()}, sweep)
+        problems += wrong
+    if isinstance(students, dict):
+        merged = {
+            str(name): _merge({"augment": augment}, defaults, own or {})
+            if isinstance(own, dict | None)
+            else own
+            for name, own in students.items()
+        }
+        raw["students"] = merged
+    teacher = raw.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("train"), dict):
+        teacher["train"] = _merge({"augment": augment}, teacher["train"])
+    return raw, problems
+
+
+def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later layers win; sections are merged key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = merged.get(key)
+            merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return copy.deepcopy(merged)
+
+
+def _unknown_keys(where: str, section: Mapping[str, Any], model: type[BaseModel]) -> list[str]:
+    known = list(model.model_fields)
+    return [unknown_key(f"{where}.{key}", known) for key in section if key not in known]

@@ -1,0 +1,197 @@
+"""The sections of models and training: `teacher`, `train`, `students`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Fraction, NonNegative, Positive, Settings
+
+
+class AugmentConfig(Settings):
+    """Geometry drawn once per sample for the image and its map; colour changes are for the image only."""
+
+    enabled: bool = True
+    crop_scale: tuple[float, float] | None = Field(
+        (0.08, 1.0), description="area share of a random resized crop"
+    )
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: Fraction = 0.5
+    vflip: Fraction = 0.0
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="degrees, plus or minus")
+    translate: Fraction = 0.0
+    shear: Annotated[float, Field(ge=0, lt=90)] = Field(0.0, description="degrees, plus or minus")
+    fill: tuple[float, float, float] | float = Field(0.5, description="colour (0..1) outside the frame")
+    brightness: NonNegative = 0.0
+    contrast: NonNegative = 0.0
+    saturation: NonNegative = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    grayscale: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _ranges_in_order(self) -> AugmentConfig:
+        scale = self.crop_scale
+        if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two area shares 0 < low <= high <= 1, got {list(scale)}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio must be 0 < low <= high, got {list(self.crop_ratio)}")
+        return self
+
+
+class ModelConfig(Settings):
+    """A classifier: `toy/resnet`, `torchvision/NAME`, `timm/NAME` or `bcos/NAME`, and where its weights come from."""
+
+    model: str
+    width: Positive = Field(16, description="channels of the first block; toy/resnet and bcos/small only")
+    weights: str | None = Field(
+        None,
+        description="a .safetensors or state-dict file; published: torchvision:TAG, timm:TAG, bcos:TAG, lite0, lite2; "
+        "none or null: random",
+    )
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_the_familys(self) -> ModelConfig:
+        origin, colon, _ = (self.weights or "").partition(":")
+        family = self.model.partition("/")[0]
+        if colon and origin in ("torchvision", "timm", "bcos") and origin != family:
+            raise ValueError(f"weights: {self.weights} fit a model named {origin}/NAME, not {self.model}")
+        return self
+
+
+Score = Literal["accuracy", "agreement", "f1", "epg", "iou", "worst_group_accuracy"]
+
+
+class Schedule(Settings):
+    """What every training run has, a teacher's and a student's."""
+
+    epochs: Positive = 30
+    batch_size: Positive = Field(64, description="samples of one step over all processes")
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: NonNegative = 1e-4
+    momentum: Fraction = Field(0.9, description="SGD only")
+    warmup: Fraction = Field(0.05, description="share of the steps with linearly rising rate")
+    schedule: Literal["cosine", "step"] = Field(
+        "cosine", description="after the warm-up: half a cosine to 0, or the rate divided at `milestones`"
+    )
+    milestones: tuple[Fraction, ...] = Field(
+        (0.3, 0.6, 0.9),
+        description="step only: shares of the steps after which the rate is multiplied by gamma",
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="step only")
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    agc: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="adaptive gradient clipping: largest gradient norm per weight norm of a unit; B-cos: 0.01",
+    )
+    precision: Literal["fp32", "bf16"] = "fp32"
+    validate_every: Positive = Field(1, description="epochs between validations and checkpoints")
+    keep: Literal["best", "last"] = Field("best", description="which epoch's weights are the result")
+    best_by: Score | None = Field(
+        None, description="the score that `best` means; default: accuracy, f1 or agreement, by the labels"
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="data-loader processes")
+    cache_mib: Annotated[int, Field(ge=0)] = Field(
+        1024, description="keep decoded images in memory up to this size"
+    )
+    augment: AugmentConfig = AugmentConfig()
+
+
+class GuideConfig(Settings):
+    """Look at the object: adds weight * (a loss of the label's map against the mask or box) (Rao et al. 2023)."""
+
+    by: Literal["mask", "box"] = "mask"
+    loss: Literal["energy", "l1", "ppce", "rrr"] = Field(
+        "energy", description="share of energy outside; L1 to the mask; per-pixel cross-entropy; RRR*"
+    )
+    weight: NonNegative = Field(
+        2.0, description="on toybirds: energy 2, l1 10, rrr 50; ppce does not help there"
+    )
+
+
+class TeachConfig(Schedule):
+    """How `e2kd teach` trains the teacher: on the labels of `split`, optionally guided."""
+
+    split: str = "train"
+    seed: int = 0
+    init: str | None = Field(
+        None, description="weights to start from, written as `weights`; a head for other classes starts anew"
+    )
+    loss: Literal["ce", "bce"] = Field("ce", description="multi-label data: bce")
+    guide: GuideConfig | None = None
+    pareto: tuple[Score, ...] = Field(
+        (), description="keep every checkpoint that none beats in all of these scores, e.g. [f1, epg, iou]"
+    )
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: pretrained `weights`, or `train` to have `e2kd teach` train it."""
+
+    classes: Positive | None = Field(None, description="default: the data's; for unlabelled data, say it")
+    train: TeachConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        if (self.train is None) == (self.weights is None):
+            raise ValueError(
+                "give either weights (a pretrained teacher) or train (teach one here), not both or none"
+            )
+        return self
+
+
+class PriorConfig(Settings):
+    """A prior method's loss on the online teacher's features, beside the logit loss: the paper's comparisons."""
+
+    method: Literal["at", "reviewkd", "catkd", "crd"]
+    weight: NonNegative | None = Field(
+        None, description="default: the method's own (at 1000, reviewkd 1, catkd 1, crd 0.8)"
+    )
+    pool: Positive = Field(
+        2, description="catkd: side of the pooled class maps; its paper says 2, its code 4"
+    )
+    negatives: Positive = Field(16384, description="crd: negatives of each sample")
+
+
+class StudentConfig(Schedule, ModelConfig):
+    """One student: its architecture, its data, its loss (paper Eq. 2) and its schedule."""
+
+    split: str = "train"
+    rows: Positive | None = Field(None, description="use the first rows of the split only")
+    shots: Positive | None = Field(None, description="use the first n images of each class only")
+    loss: Literal["ce", "bce", "kd", "l2d"] = Field(
+        "kd",
+        description="ce: labels; bce: labels, for B-cos and several labels an image; kd: the teacher's logits (Eq. 1); "
+        "l2d: the teacher's logits, class by class (several labels an image)",
+    )
+    prior: PriorConfig | None = Field(None, description="a feature-based method; needs mode: online")
+    mixup: NonNegative = Field(
+        0.0, description="alpha of mixup's Beta(alpha, alpha), with the next sample of the batch; 0: none"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="tau of Eq. 1")
+    explanation_weight: NonNegative = Field(0.0, description="lambda of Eq. 2")
+    explain_every: Positive = Field(
+        1, description="the explanation's term in every k-th step only (lambda is not scaled up)"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the step, explanation included; the first takes a minute or two"
+    )
+    mode: Literal["frozen", "online"] = Field(
+        "frozen", description="stored targets, or the teacher in each step"
+    )
+
+    @model_validator(mode="after")
+    def _prior_methods_see_the_teacher(self) -> StudentConfig:
+        if self.prior is not None and self.mode == "frozen":
+            raise ValueError("prior methods compare features, which no store holds: set mode to online")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.loss in ("kd", "l2d") or self.explanation_weight > 0 or self.prior is not None
+
+    @property
+    def asks_online(self) -> bool:
+        return self.needs_teacher and self.mode == "online"
