@@ -3,8 +3,9 @@ CONFIG ?= configs/toybirds.yaml
 PYTHON ?= python3
 ARGS   ?=
 BIN    := .venv/bin
+FIND_BROWSER := (command -v chromium-headless-shell || command -v chromium || command -v google-chrome) >/dev/null
 
-.PHONY: help setup precompute distill report test check bench demo clean
+.PHONY: help setup precompute distill report test check bench demo browser clean
 
 help:            ## this list
 	@grep -hE '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -22,11 +23,16 @@ precompute: setup  ## stage 1: pack, teach where asked, and store the teacher's 
 distill: setup     ## stage 2: every student and seed, evaluated and reported (stage 1 first where missing)
 	$(BIN)/e2kd distill $(CONFIG) $(ARGS)
 
-report: setup      ## the table and the figure again
+report: setup      ## the scorecard again
 	$(BIN)/e2kd report $(CONFIG) $(ARGS)
 
-test: setup        ## the test-suite
-	$(BIN)/python -m pytest $(ARGS)
+test: setup browser ## the test-suite
+	$(BIN)/python -m pytest $(ARGS) $(shell $(FIND_BROWSER) || echo "-m 'not slow and not gpu and not browser'")
+
+browser:         ## a headless browser for the tests of the report's page, where there is none (Debian, as root)
+	@$(FIND_BROWSER) || (echo "installing chromium-headless-shell"; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null) || \
+	echo "no browser could be installed: the tests of the report's page are left out"
 
 check: setup       ## lint, format, types, import directions
 	$(BIN)/ruff check .

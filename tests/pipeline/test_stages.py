@@ -208,9 +208,10 @@ def test_the_report_has_every_student_its_difference_and_its_picture(
     assert "teacher" in text
     assert "e2kd-frozen" in text
     assert "not finished: ce seed 0" in page
-    picture = prepared.report / "figure.png"
+    picture = prepared.report / "maps-test-ood.png"
     with Image.open(picture) as opened:
         assert opened.size[0] > 300
+    assert (prepared.report / "report.html").exists()
     stamp = picture.stat().st_mtime_ns
     assert report(experiment, prepared) == text
     assert picture.stat().st_mtime_ns == stamp

@@ -1,0 +1,198 @@
+"""What the report is about, read from an experiment's folder: methods, their finished runs, scores and differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import sweep
+from pipeline.config import Experiment, StudentConfig
+from pipeline.evaluate import read_samples, samples_file
+from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, teacher_scores
+from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
+from pipeline.run import Run
+
+FREE = ("explanation_weight", "explain_every", "compile", "workers", "cache_mib", "validate_every")
+"""Settings in which a baseline may differ: lambda, and what changes no result of a student without it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One student of a method and its score on the selection split; None where it was not finished."""
+
+    student: str
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: `student` is the method's own or, after a sweep, the best of its candidates."""
+
+    name: str
+    student: str
+    candidates: tuple[Candidate, ...]
+    swept: frozenset[str]
+    runs: Mapping[int, Run]
+
+    def results(self) -> dict[int, dict[str, Any]]:
+        """Of the finished runs, by seed."""
+        return {seed: run.result() for seed, run in self.runs.items() if run.done}
+
+
+class Results:
+    """The methods of an experiment with their finished runs, each file read once."""
+
+    def __init__(self, experiment: Experiment, layout: Layout) -> None:
+        self.experiment, self.layout = experiment, layout
+        self.all_methods = methods(experiment, layout)
+        self.results = {method.name: method.results() for method in self.all_methods}
+        self.methods = [method for method in self.all_methods if self.results[method.name]]
+        self._intervals: dict[tuple[str, str], dict[str, Interval]] = {}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The held-out splits first, the one that selected last."""
+        select = self.experiment.evaluate.select
+        return tuple(dict.fromkeys((*self.experiment.evaluate.splits, *((select,) if select else ()))))
+
+    def missing(self) -> list[str]:
+        """`kd seed 1` for every run that is not finished."""
+        return [
+            f"{method.student} seed {seed}"
+            for method in self.all_methods
+            for seed, run in method.runs.items()
+            if not run.done
+        ]
+
+    def scores(self, method: str, split: str) -> dict[str, list[float]]:
+        """Metric -> one value per seed that has it; a null in the file is a NaN."""
+        found: dict[str, list[float]] = {}
+        for result in self.results[method].values():
+            for metric, value in result["splits"].get(split, {}).items():
+                found.setdefault(metric, []).append(np.nan if value is None else float(value))
+        return found
+
+    def teacher(self, split: str) -> dict[str, float]:
+        """The teacher's scores on a split, written beside its store by precompute."""
+        return {
+            name: value for name, value in self._beside(teacher_scores(split)).items() if value is not None
+        }
+
+    def _beside(self, name: str) -> dict[str, Any]:
+        beside = self.layout.stores(self.experiment.store_name)
+        loaded: dict[str, Any] = json.loads(beside.read(name)) if beside.exists(name) else {}
+        return loaded
+
+    def measured(self) -> dict[str, Any]:
+        """Everything that stage 1 left beside the stores, for the report's stamp."""
+        names = [teacher_scores(split) for split in self.splits]
+        return {name: self._beside(name) for name in (*names, SHIFT_CURVE, FREEZING_GAP, CODEC_COST)}
+
+    def runs_files(self, method: Method, seed: int) -> list[tuple[str, int, int]]:
+        """(name, bytes, time in ns) of what the report reads of a run besides its result."""
+        folder = method.runs[seed].path
+        files = [folder / "metrics.jsonl", *sorted(folder.glob("scores-*.safetensors"))]
+        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+
+    def baseline(self, method: Method) -> Method | None:
+        """The finished method that differs by its explanation weight, which is 0 there, and by swept settings alone."""
+        own = self.experiment.students[method.student]
+        if not own.explanation_weight:
+            return None
+        for other in self.methods:
+            settings = self.experiment.students[other.student]
+            free = {*FREE, *method.swept, *other.swept}
+            if not settings.explanation_weight and _without(settings, free) == _without(own, free):
+                return other
+        return None
+
+    def difference(self, method: Method, base: Method, split: str, metric: str) -> float | None:
+        """Own minus base over the seeds that both have."""
+        pairs = [
+            (_score(own, split, metric), _score(self.results[base.name][seed], split, metric))
+            for seed, own in self.results[method.name].items()
+            if seed in self.results[base.name]
+        ]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        return summarise(differences).mean if differences else None
+
+    def interval(self, method: Method, base: Method, split: str, metric: str) -> Interval | None:
+        """Paired bootstrap over rows and seeds; None where the runs' per-row scores are not there."""
+        key = (method.name, split)
+        if key not in self._intervals:
+            seeds = [seed for seed in self.results[method.name] if seed in self.results[base.name]]
+            own, others = ([_samples(m.runs[seed].path, split) for seed in seeds] for m in (method, base))
+            complete = bool(seeds) and all((*own, *others))
+            self._intervals[key] = paired_intervals(own, others) if complete else {}
+        return self._intervals[key].get(metric)
+
+    def shift_curves(self) -> tuple[str, dict[str, list[tuple[int, Summary]]]] | None:
+        """(split, {"teacher" or method: (shift in px, cosine over seeds)}), or None where none was measured."""
+        teacher = self._beside(SHIFT_CURVE)
+        found = {"teacher": [teacher]} if teacher else {}
+        for name, results in self.results.items():
+            measured = [result["shift"] for result in results.values() if result.get("shift")]
+            found |= {name: measured} if measured else {}
+        if not found:
+            return None
+        return next(iter(found.values()))[0]["split"], {
+            name: _curve(measured) for name, measured in found.items()
+        }
+
+
+def methods(experiment: Experiment, layout: Layout) -> list[Method]:
+    """In the config's order: each with its own student or, after a sweep, the chosen candidate."""
+    choices = sweep.chosen(experiment, layout)
+    found = []
+    for method in sweep.methods(experiment):
+        choice = choices.get(method.name)
+        student = choice.student if choice else method.candidates[0]
+        found.append(_method(experiment, layout, method.name, student, choice.candidates if choice else {}))
+    return found
+
+
+def _method(
+    experiment: Experiment, layout: Layout, name: str, student: str, scores: Mapping[str, float | None]
+) -> Method:
+    candidates = tuple(Candidate(candidate, score) for candidate, score in scores.items())
+    runs = {seed: Run(layout.run(student, seed)) for seed in experiment.seeds}
+    return Method(name, student, candidates, frozenset(experiment.sweep.get(name, ())), runs)
+
+
+def _score(result: Mapping[str, Any], split: str, metric: str) -> float | None:
+    score: float | None = result["splits"].get(split, {}).get(metric)
+    return score
+
+
+def _samples(run: Path, split: str) -> Samples:
+    """A run's scores per row; nothing where the file is not there (a run of an old version)."""
+    file = samples_file(run, split)
+    return {name: values.numpy() for name, values in read_samples(file).items()} if file.exists() else {}
+
+
+def _without(settings: StudentConfig, keys: set[str]) -> dict[str, Any]:
+    """Every setting by its dotted name, less some."""
+    flat = flatten(settings.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if key not in keys}
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"augment": {"hflip": 0}}` -> `{"augment.hflip": 0}`."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _curve(measured: Sequence[Mapping[str, Any]]) -> list[tuple[int, Summary]]:
+    """The shifts of the first; each with the cosines of all that have it."""
+    by_run = [dict(zip(curve["shifts"], curve["cosine"], strict=True)) for curve in measured]
+    return [
+        (shift, summarise([run[shift] for run in by_run if run.get(shift) is not None]))
+        for shift in measured[0]["shifts"]
+    ]
