@@ -22,7 +22,7 @@ def shift_curve(
     """{"shifts": px, "cosine": mean over images}: maps of diagonally shifted images on the area that both show.
 
     The explained class is the model's own for the image that is not shifted. Up to `evaluate.shift_images` images,
-    evenly over the set.
+    evenly over the set; one whose own map is all-zero does not count.
     """
     rows = np.linspace(0, len(images) - 1, min(settings.shift_images, len(images))).round().astype(np.int64)
     found = []
@@ -34,6 +34,8 @@ def shift_curve(
             maps: Tensor = explainer(shifted, classes).maps
             return maps
 
-        found.append(shift_similarity(explain, pixels, settings.shifts))
-    means = torch.cat(found, 1).mean(1).cpu()
+        found.append(shift_similarity(explain, pixels, (0, *settings.shifts)))
+    cosines = torch.cat(found, 1).cpu()
+    alive = cosines[0] > 0.5  # an all-zero map is not even like itself
+    means = cosines[1:, alive].mean(1) if alive.any() else torch.zeros(len(settings.shifts))
     return {"shifts": list(settings.shifts), "cosine": [round(float(value), 5) for value in means]}

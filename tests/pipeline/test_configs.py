@@ -23,7 +23,9 @@ from pipeline.stages import distill_all
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
-VOC = "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person".split()
+VOC = (
+    ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person"]  # noqa: E501
+)
 
 
 def picture(path: Path, seed: int, size: int = 40) -> None:
@@ -139,7 +141,9 @@ def settings(config: str, datasets: Path, weights: Path) -> list[str]:
 def small(config: str, experiment: Experiment) -> list[str]:
     """The smallest networks of the families, at random weights, in the place of the config's own."""
     kind = "bcos/small" if experiment.teacher.model.startswith("bcos/") else "toy/resnet"
-    student = "bcos/small" if next(iter(experiment.students.values())).model.startswith("bcos/") else "toy/resnet"
+    student = (
+        "bcos/small" if next(iter(experiment.students.values())).model.startswith("bcos/") else "toy/resnet"
+    )
     return [f"teacher.model={kind}", "teacher.width=4", f"train.model={student}", "train.width=4"]
 
 
@@ -159,9 +163,7 @@ def test_two_steps_of_each_stage(config: str, datasets: Path, tmp_path: Path, fa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
-def test_two_steps_with_its_own_networks(
-    config: str, datasets: Path, tmp_path: Path, fabric: Fabric
-) -> None:
+def test_two_steps_with_its_own_networks(config: str, datasets: Path, tmp_path: Path, fabric: Fabric) -> None:
     run(config, datasets, tmp_path, fabric, lambda config, experiment: ["view={size: 64}"])
 
 

@@ -79,7 +79,12 @@ def batch(case: Case, explainer: nn.Module, step: int) -> Batch:
     height, width = explainer.model.map_size(case.size)
     maps = torch.rand(8, explainer.channels, height, width, generator=random, dtype=torch.float64)
     maps[list(case.dead)] = 0
-    return Batch(torch.arange(8), images, logits.argmax(1), teacher=Answers(logits, logits.argmax(1)[:, None], maps[:, None]))
+    return Batch(
+        torch.arange(8),
+        images,
+        logits.argmax(1),
+        teacher=Answers(logits, logits.argmax(1)[:, None], maps[:, None]),
+    )
 
 
 def part(whole: Batch, rows: slice) -> Batch:

@@ -40,7 +40,16 @@ def test_every_student_trains_and_leaves_a_whole_run(
     assert {"config.yaml", "metrics.jsonl", "last.safetensors", "state.pt", "result.json", "done"} <= names
     assert json.loads((run / "result.json").read_text()) == result
     scores = result["splits"]["test-ood"]  # type: ignore[index]
-    assert set(scores) >= {"accuracy", "agreement", "epg", "iou", "dead", "map_cosine", "ece", "worst_group_accuracy"}
+    assert set(scores) >= {
+        "accuracy",
+        "agreement",
+        "epg",
+        "iou",
+        "dead",
+        "map_cosine",
+        "ece",
+        "worst_group_accuracy",
+    }
     assert all(0 <= value <= 1 for value in scores.values())
     history = Run(run).history()
     assert [line["epoch"] for line in history] == [0, 1, 2]

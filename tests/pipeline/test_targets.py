@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline import explainers
+from pipeline.config import ModelConfig
 from pipeline.data.loader import Answers, Targets
 from pipeline.draws import key_ids, mixup_share
-from pipeline.config import ModelConfig
 from pipeline.models import build
 from pipeline.models.bcos import BCosClassifier
 from pipeline.targets import (
@@ -76,7 +76,9 @@ def test_the_share_of_mixup_is_a_function_of_seed_epoch_and_step() -> None:
 
 
 @pytest.mark.parametrize("logit", ["raw", "centred"])
-def test_explaining_a_weighted_sum_is_the_weighted_sum_of_explanations(logit: str, small_bcos: BCosClassifier) -> None:
+def test_explaining_a_weighted_sum_is_the_weighted_sum_of_explanations(
+    logit: str, small_bcos: BCosClassifier
+) -> None:
     """Why frozen maps may be mixed linearly: W(x) is linear in what is explained."""
     explainer = explainers.build("bcos", small_bcos.double(), logit=logit).eval()
     images = torch.rand(3, 3, 24, 24, dtype=torch.float64)
