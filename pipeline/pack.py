@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 
 from artifacts import ImageSet, open_images
+from artifacts.errors import ConfigError
 from artifacts.packing import write_images
-from pipeline.config import Experiment
-from pipeline.data import open_source
+from artifacts.places import place
+from pipeline.config import DataConfig, Experiment, Files
+from pipeline.data import Source, open_source, split_names
+from pipeline.data.unlabelled import Unlabelled
+from pipeline.data.unreadable import UnreadableImages
 from pipeline.layout import Layout
 from pipeline.progress import Progress, Quiet
 from pipeline.views import CanonicalView
@@ -24,10 +29,10 @@ def pack_split(
 ) -> ImageSet:
     """Pack one split, or continue where an interrupted run stopped; `again` names tars to pack once more."""
     where = layout.images(split)
-    source = open_source(experiment.data, split, experiment.view.resize or experiment.view.size)
     view = CanonicalView.of(experiment.view)
     if where.exists("index.json") and not again:
         progress = Quiet()  # nothing to do but to check that it is the same
+    source = split_source(experiment, layout, split, progress)
     with progress.bar(f"pack {split}", len(source), "image") as advance:
         write_images(
             where,
@@ -41,3 +46,33 @@ def pack_split(
             progress=advance,
         )
     return open_images(where)
+
+
+def split_source(experiment: Experiment, layout: Layout, split: str, progress: Progress) -> Source:
+    """A split of `data`, or, unlabelled, NAME/SPLIT: a split of also.NAME. Raises ConfigError for an unknown one."""
+    name, slash, inner = split.rpartition("/")
+    if not slash:
+        return _opened(experiment, layout, experiment.data, split, "", progress)
+    return Unlabelled(_opened(experiment, layout, _other(experiment, split, name), inner, name, progress))
+
+
+def _opened(
+    experiment: Experiment, layout: Layout, data: DataConfig, split: str, folder: str, progress: Progress
+) -> Source:
+    """`folder`: where below images/ the data set's splits lie, and beside them what could not be read."""
+    side = experiment.view.resize or experiment.view.size
+    if not isinstance(data, Files) or data.on_bad_image == "stop":
+        return open_source(data, split, side)
+    beside = place(layout.shared or layout.root) / f"images/{folder}"
+    return open_source(data, split, side, UnreadableImages(beside, side, progress))
+
+
+def _other(experiment: Experiment, split: str, name: str) -> DataConfig:
+    if name not in experiment.also:
+        near = difflib.get_close_matches(name, experiment.also, n=1)
+        known = f"it has {', '.join(experiment.also)}" if experiment.also else "it is empty"
+        hint = f"did you mean {near[0]!r}?" if near else known
+        raise ConfigError(f"split {split!r}: the section also has no {name!r}; {hint}")
+    if name in split_names(experiment.data):
+        raise ConfigError(f"also.{name} has the name of a split of data; give it another name")
+    return experiment.also[name]

@@ -19,7 +19,7 @@ def class_count(experiment: Experiment, images: ImageSet) -> int:
     """
     named, said = len(images.classes), experiment.teacher.classes
     if not named and said is None:
-        raise ModelError("the data has no classes: say how many the teacher has with teacher.classes")
+        raise ModelError(f"{images.place} has no classes: say how many the teacher has with teacher.classes")
     if named and said not in (None, named):
         raise ModelError(
             f"the teacher has {said} classes but {images.place} has {named}; use its data, correct teacher.classes, "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 
 from artifacts.errors import ConfigError
-from pipeline.config import DataConfig, Folder, ToyBirds, ToyShapes
-from pipeline.data import folder, toybirds, toyshapes
+from pipeline.config import DataConfig, ToyBirds, ToyShapes
+from pipeline.data import protocol, toybirds, toyshapes
+from pipeline.data.protocol import FindUnreadable
 from pipeline.data.source import FirstRows, RawSample, Source
 
 __all__ = ["RawSample", "Source", "open_source", "split_names"]
@@ -19,30 +20,35 @@ def split_names(data: DataConfig) -> list[str]:
             return list(toybirds.SPLITS)
         case ToyShapes():
             return list(toyshapes.SPLITS)
-        case Folder():
-            return folder.split_names(data)
+        case _:
+            return protocol.split_names(data)
 
 
-def open_source(data: DataConfig, split: str, shorter_side: int | None = None) -> Source:
+def open_source(
+    data: DataConfig, split: str, shorter_side: int | None = None, unreadable: FindUnreadable | None = None
+) -> Source:
     """Open one split of a data set.
 
     `shorter_side` is the shorter side in px that the view will resize to: large JPEGs are then decoded at a reduced
-    scale of at least twice that. Raises ConfigError for an unknown split, DataError for unfit folders.
+    scale of at least twice that. `unreadable` finds the images that `on_bad_image: skip` leaves out. Raises ConfigError
+    for an unknown split, DataError for unfit folders.
     """
     known = split_names(data)
     if split not in known:
         near = difflib.get_close_matches(split, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
         raise ConfigError(f"data source {data.source} has no split {split!r}; {hint}")
-    source = _open(data, split, shorter_side)
+    source = _open(data, split, shorter_side, unreadable)
     return source if data.limit is None else FirstRows(source, data.limit)
 
 
-def _open(data: DataConfig, split: str, shorter_side: int | None) -> Source:
+def _open(
+    data: DataConfig, split: str, shorter_side: int | None, unreadable: FindUnreadable | None
+) -> Source:
     match data:
         case ToyBirds():
             return toybirds.open_split(data, split)
         case ToyShapes():
             return toyshapes.open_split(data, split)
-        case Folder():
-            return folder.FolderSource(data, split, shorter_side)
+        case _:
+            return protocol.open_split(data, split, shorter_side, unreadable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,13 +40,3 @@ class Listing:
     entries: Sequence[Entry]
     read: Callable[[Entry, int | None], Image.Image]
     mask: Callable[[Entry], Image.Image | None] | None = None
-
-
-def numbered(labels: Iterable[Label]) -> list[str]:
-    """As many class names as the labels need; none where all are unlabelled."""
-    every = [
-        k
-        for label in labels
-        for k in (label if isinstance(label, tuple) else () if label is None else (label,))
-    ]
-    return [str(k) for k in range(max(every) + 1)] if every else []

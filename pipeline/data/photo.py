@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 import zlib
@@ -28,21 +29,43 @@ UNREADABLE = (
 def read_photo(path: Path, shorter_side: int | None = None) -> Image.Image:
     """RGB, EXIF orientation applied, alpha over white.
 
-    With `shorter_side`, a large JPEG is decoded at 1/2, 1/4 or 1/8, with both sides at least twice that many px.
-    Raises DataError naming the file.
+    With `shorter_side`, a large JPEG is decoded at 1/2, 1/4 or 1/8, with both sides at least twice that many px: not
+    for images with boxes or masks, which are in px of the whole image. Raises DataError naming the file.
     """
+    return _read(path, str(path), shorter_side)
+
+
+def decode_photo(data: bytes, name: str, shorter_side: int | None = None) -> Image.Image:
+    """`read_photo` of an encoded image in memory; `name` says in errors where it came from."""
+    return _read(io.BytesIO(data), name, shorter_side)
+
+
+def read_mask(file: Path | io.BytesIO, name: str, size: tuple[int, int]) -> Image.Image:
+    """Mode L, 0..255. Raises DataError naming the file, also where it is not `size` (width, height) px."""
+    try:
+        with Image.open(file, formats=("PNG",)) as image:
+            mask = image.convert("L")
+    except UNREADABLE as error:
+        raise DataError(f"cannot read the mask {name} ({error}); remove or replace it") from error
+    if mask.size != size:
+        found, wanted = (f"{width} x {height}" for width, height in (mask.size, size))
+        raise DataError(f"the mask {name} has {found} px, its image {wanted}; replace the mask")
+    return mask
+
+
+def _read(file: Path | io.BytesIO, name: str, shorter_side: int | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on damaged EXIF beside sound pixels
-            return _decode(path, shorter_side)
+            return _decode(file, shorter_side)
     except UnidentifiedImageError:
-        raise DataError(f"{path} is not a JPEG, PNG or WebP image; remove or replace it") from None
+        raise DataError(f"{name} is not a JPEG, PNG or WebP image; remove or replace it") from None
     except UNREADABLE as error:
-        raise DataError(f"cannot read the image {path} ({error}); remove or replace it") from error
+        raise DataError(f"cannot read the image {name} ({error}); remove or replace it") from error
 
 
-def _decode(path: Path, shorter_side: int | None) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:
+def _decode(file: Path | io.BytesIO, shorter_side: int | None) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
         if shorter_side is not None:
             image.draft(None, (2 * shorter_side, 2 * shorter_side))
         return to_rgb(ImageOps.exif_transpose(image))

@@ -15,7 +15,7 @@ from PIL import Image
 from artifacts.errors import DataError
 from pipeline.config import Folder
 from pipeline.data import open_source, split_names
-from pipeline.data.folder import safe_keys
+from pipeline.data.keys import safe_keys
 from pipeline.data.photo import read_photo
 
 RED = (200, 30, 20)
@@ -58,7 +58,7 @@ def test_a_test_folder_is_a_split_and_val_is_picked_from_train(tmp_path: Path) -
         photo(tmp_path / f"train/a/{i}.png")
     photo(tmp_path / "test/a/0.png")
     data = folder(tmp_path, val_fraction=0.5)
-    assert split_names(data) == ["train", "test", "val"]
+    assert split_names(data) == ["train", "val", "test"]
     assert paths_of(data, "test") == {"a/0.png"}
     assert paths_of(data, "train") | paths_of(data, "val") == {f"a/{i}.png" for i in range(20)}
 
@@ -92,6 +92,23 @@ def test_labels_false_takes_images_of_any_depth(tmp_path: Path) -> None:
     sources = [open_source(data, split) for split in ("train", "val")]
     assert sum(map(len, sources)) == 4
     assert all(source.classes == [] and source.raw(0).label is None for source in sources)
+
+
+@pytest.mark.parametrize("layout", ["train/a", "a", ""])
+def test_few_shots_and_the_seed_in_every_layout(tmp_path: Path, layout: str) -> None:
+    """val is the first share of the order, which split_seed decides; the rows are in that order."""
+    for i in range(40):
+        photo(tmp_path / layout / f"{i}.png")
+    splits = [
+        [open_source(folder(tmp_path, val_fraction=0.5, split_seed=seed), name) for name in ("val", "train")]
+        for seed in (0, 0, 1)
+    ]
+    orders = [[source.key(row) for source in pair for row in range(len(source))] for pair in splits]
+    assert len(set(orders[0])) == 40
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    if layout:
+        assert len(open_source(folder(tmp_path, val_fraction=0.5, train_per_class=3), "train")) == 3
 
 
 def test_a_small_folder_still_has_a_val_image(tmp_path: Path) -> None:

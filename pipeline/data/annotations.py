@@ -1,0 +1,73 @@
+"""Annotations as data sets write them in tables and JSON, checked: labels, boxes, and the files they name.
+
+`where` in an error is the file and the line, member or row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from artifacts.errors import DataError
+from pipeline.data.source import Label
+
+MOST = 2**17
+"""Classes that are made up from labels; a higher label is out of range, whatever the file says."""
+
+
+def label_of(value: Any, where: str) -> Label:
+    """An int, a list of them (sorted, each once) or None. Raises DataError for anything else, and below 0."""
+    if value is None:
+        return None
+    several = value if isinstance(value, list) else [value]
+    for one in several:
+        if not isinstance(one, int) or isinstance(one, bool) or one < 0:
+            raise DataError(f"{where}: the label {one!r} is not a class index (0, 1, ...); correct it")
+    return tuple(sorted(set(several))) if isinstance(value, list) else int(value)
+
+
+def boxes_of(rows: Any, where: str) -> np.ndarray:
+    """f32 [N,5] of (class, x0, y0, x1, y1). Raises DataError for what is no list of boxes, or an empty box."""
+    try:
+        boxes = np.asarray(rows if len(rows) else np.zeros((0, 5)), np.float32)
+    except (TypeError, ValueError):
+        boxes = np.zeros(0, np.float32)
+    if boxes.ndim != 2 or boxes.shape[1] != 5 or not np.isfinite(boxes).all():
+        raise DataError(f"{where}: boxes are no list of [class, x0, y0, x1, y1]; correct them")
+    classes = boxes[:, 0]
+    if ((boxes[:, 1:3] >= boxes[:, 3:]).any()) or (classes != classes.astype(np.int64)).any():
+        raise DataError(f"{where}: a box is empty, or its class is no integer; correct it")
+    return boxes
+
+
+def check_range(label: Label, boxes: np.ndarray | None, classes: Sequence[str], where: str) -> None:
+    """Raises DataError where a label, or the class of a box, is not below the number of classes."""
+    labels = [label] if isinstance(label, int) else list(label or ())
+    labels += [] if boxes is None or not classes else boxes[:, 0].astype(int).tolist()
+    wrong = [one for one in labels if not 0 <= one < len(classes)]
+    if wrong:
+        raise DataError(
+            f"{where}: class {wrong[0]} is out of range, there are {len(classes)} classes; correct it"
+        )
+
+
+def numbered(labels: Iterable[Label]) -> list[str]:
+    """Class names "0", "1", ... as many as the labels say, at most MOST; none where there is no label."""
+    known = (one for label in labels for one in ([label] if isinstance(label, int) else label or ()))
+    return [str(number) for number in range(min(max(known, default=-1) + 1, MOST))]
+
+
+def size_below(root: Path, name: str, where: str) -> int:
+    """Bytes of a file that a table names below `root`. Raises DataError where it is missing or outside."""
+    if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise DataError(f"{where} names {name!r}, which is not a file below {root}; correct it")
+    try:
+        return os.stat(root / name).st_size
+    except OSError as error:
+        raise DataError(
+            f"{where} names {root / name}, which cannot be read ({error.strerror}); unpack the data set again"
+        ) from None

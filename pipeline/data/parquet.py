@@ -1,0 +1,141 @@
+"""Parquet files as on the Hugging Face hub: labels read as a column, images by row group.
+
+Rows are packed in the order of a hash, and a row group is the least that can be read. Groups are kept until they take
+CACHE_BYTES, the oldest go first: a set that fits is read once; of a larger one, an image costs about one group (the
+hub's have 100 to 1000 images). Export such a set as an image folder or as WebDataset shards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import ConfigError, DataError
+
+CACHE_BYTES = 2**30
+
+
+def pyarrow_parquet() -> Any:
+    """pyarrow.parquet. Raises ConfigError where pyarrow is not installed."""
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ConfigError("data.root holds parquet files; run: pip install 'e2kd[parquet]'") from None
+
+
+def files_by_split(root: Path) -> dict[str, list[Path]]:
+    """`data/<split>-*.parquet`, `<split>-*.parquet` or `<split>/*.parquet`: the first layout that has a file."""
+    for folder in (root / "data", root):
+        named = _by_name(sorted(folder.glob("*-*.parquet")))
+        if named:
+            return named
+    folders = sorted({path.parent for path in root.glob("[!.]*/*.parquet")})
+    return {folder.name: sorted(folder.glob("*.parquet")) for folder in folders}
+
+
+def _by_name(paths: list[Path]) -> dict[str, list[Path]]:
+    named: dict[str, list[Path]] = {}
+    for path in paths:
+        named.setdefault(path.name.partition("-")[0], []).append(path)
+    return named
+
+
+class ParquetFile:
+    """One file: its number of rows, one column of all rows, and the images row by row."""
+
+    def __init__(self, path: Path, image: str, cache: GroupCache) -> None:
+        self.path, self._image, self._cache = path, image, cache
+        with opened(path) as file:
+            about, self._schema = file.metadata, file.schema_arrow
+            sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        self._ends = list(accumulate(sizes))
+        self._column(image, "data.image")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def names(self, label: str) -> list[str]:
+        """Class names of the label column from the schema's metadata; empty where it has none."""
+        try:
+            about = json.loads((self._schema.metadata or {}).get(b"huggingface", b"{}"))
+            return _names(about["info"]["features"][label])
+        except (ValueError, KeyError, TypeError):
+            return []
+
+    def values(self, column: str) -> list[Any]:
+        """The column of all rows, as Python values."""
+        self._column(column, "data.label")
+        with opened(self.path) as file:
+            values: list[Any] = file.read(columns=[column]).column(column).to_pylist()
+        return values
+
+    def encoded(self, row: int) -> bytes:
+        """The image of a row as its file was. Raises DataError where the row has no bytes."""
+        group = bisect_right(self._ends, row)
+        first = self._ends[group - 1] if group else 0
+        value = self._cache.group(self.path, group, self._image)[row - first].as_py()
+        data = value.get("bytes") if isinstance(value, Mapping) else value
+        if not isinstance(data, bytes):
+            raise DataError(
+                f"{self.path}, row {row}: {self._image} holds no bytes of an image; export the data set with its images"
+            )
+        return data
+
+    def _column(self, name: str, key: str) -> None:
+        if name not in self._schema.names:
+            raise DataError(
+                f"{self.path} has no column {name!r}; set {key} to one of {', '.join(self._schema.names)}"
+            )
+
+
+class GroupCache:
+    """Image columns of the row groups read last, up to `most` bytes; one is always kept. Threads may share it."""
+
+    def __init__(self, most: int = CACHE_BYTES) -> None:
+        self._most, self._groups = most, OrderedDict[tuple[Path, int], Any]()
+        self._lock = threading.Lock()
+
+    def group(self, path: Path, group: int, column: str) -> Any:
+        """The column of a row group, as a pyarrow ChunkedArray."""
+        with self._lock:
+            return self._group(path, group, column)
+
+    def _group(self, path: Path, group: int, column: str) -> Any:
+        found = self._groups.pop((path, group), None)
+        if found is None:
+            with opened(path) as file:
+                found = file.read_row_group(group, columns=[column]).column(column)
+        self._groups[path, group] = found
+        while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > self._most:
+            self._groups.popitem(last=False)
+        return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A pyarrow ParquetFile. Raises DataError naming a damaged file."""
+    parquet, arrow = pyarrow_parquet(), importlib.import_module("pyarrow")
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"cannot read {path} ({error}): cut off or no parquet file; download it again"
+        ) from None
+
+
+def _names(feature: Any) -> list[str]:
+    """ClassLabel names of a feature, or of the elements of a list of it."""
+    if isinstance(feature, list):
+        return _names(feature[0]) if feature else []
+    if "names" in feature:
+        return [str(name) for name in feature["names"]]
+    return _names(feature["feature"]) if "feature" in feature else []

@@ -1,0 +1,93 @@
+"""Images that cannot be read (`data.on_bad_image: skip`): found before packing, reported, and written down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from artifacts.errors import DataError
+from artifacts.places import Place
+from pipeline.data.keys import name_bytes
+from pipeline.data.listing import Entry, Listing
+from pipeline.progress import Progress
+
+AT_ONCE = 1024
+"""Images handed to the threads together: a data set may have millions."""
+
+
+@dataclass(frozen=True)
+class UnreadableImages:
+    """Decodes every image of a published split once; what it found lies in `where`/unreadable-<split>.json.
+
+    That file counts for the same names, sizes and `shorter_side` (the view's, in px) only.
+    """
+
+    where: Place
+    shorter_side: int | None
+    progress: Progress
+
+    def __call__(self, split: str, listing: Listing) -> list[str]:
+        """The ids of the images that cannot be read, each of them reported."""
+        name, digest = f"unreadable-{split.replace('/', '--')}.json", _digest(listing, self.shorter_side)
+        found = self._known(name, digest)
+        if found is None:
+            found = self._find(split, listing)
+            self.where.write(name, json.dumps({"listing": digest, "unreadable": found}, indent=1).encode())
+        for reason in found.values():
+            self.progress.say(f"left out: {reason}")
+        if found:
+            count = f"{len(found)} of {len(listing.entries)} images"
+            self.progress.say(f"{count} of {split} cannot be read and are left out (data.on_bad_image: skip)")
+        return list(found)
+
+    def _known(self, name: str, digest: str) -> dict[str, str] | None:
+        """What an earlier pass found; None where there was none, or the images have changed since."""
+        try:
+            known = json.loads(self.where.read(name))
+            return dict(known["unreadable"]) if known["listing"] == digest else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def _find(self, split: str, listing: Listing) -> dict[str, str]:
+        """What is wrong, by id."""
+        reasons: dict[str, str] = {}
+        with (
+            warnings.catch_warnings(),
+            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
+            self.progress.bar(f"check {split}", len(listing.entries), "image") as advance,
+        ):
+            warnings.simplefilter("ignore")  # read_photo does this too, but threads undo each other's
+            for start in range(0, len(listing.entries), AT_ONCE):
+                entries = listing.entries[start : start + AT_ONCE]
+                reasons |= self._of(entries, listing, threads)
+                advance(len(entries))
+        return reasons
+
+    def _of(self, entries: Sequence[Entry], listing: Listing, threads: ThreadPoolExecutor) -> dict[str, str]:
+        problems = threads.map(lambda entry: _problem(entry, listing, self.shorter_side), entries)
+        return {
+            entry.id: problem for entry, problem in zip(entries, problems, strict=True) if problem is not None
+        }
+
+
+def _problem(entry: Entry, listing: Listing, shorter_side: int | None) -> str | None:
+    try:
+        listing.read(entry, shorter_side)
+        if listing.mask is not None:
+            listing.mask(entry)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _digest(listing: Listing, shorter_side: int | None) -> str:
+    """Of names and sizes, whatever order the file system gave them in."""
+    digest = hashlib.sha256(f"{shorter_side}\n".encode())
+    for entry in sorted(listing.entries, key=lambda entry: entry.id):
+        digest.update(name_bytes(entry.id) + f" {entry.size}\n".encode())
+    return digest.hexdigest()
