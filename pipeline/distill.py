@@ -137,9 +137,13 @@ def distill(
     teacher = _online_teacher(experiment, layout, fabric, images) if settings.asks_online else None
     validation = scored_rows(experiment, layout, experiment.evaluate.select, settings.cache_mib)
     prior = _with_prior(settings, fabric, explainer, net, teacher, data)
+    if prior is not None and fabric.world_size > 1:
+        convert(prior.method)  # ReviewKD's adapters have batch norms too
     compiled = None
     if settings.compile and prior is None:
         compiled = CompiledLosses(StepLosses(settings), explainer, fabric, progress.say)
+    elif settings.compile:
+        progress.say("train.compile: a prior method's step is not compiled; it runs eagerly")
     fit(
         fabric,
         prior or explainer,

@@ -153,6 +153,9 @@ class PriorConfig(Settings):
         2, description="catkd: side of the pooled class maps; its paper says 2, its code 4"
     )
     negatives: Positive = Field(16384, description="crd: negatives of each sample")
+    ramp: Annotated[int, Field(ge=0)] = Field(
+        20, description="reviewkd: epochs until its full weight; its ImageNet recipe: 0"
+    )
 
 
 class StudentConfig(Schedule, ModelConfig):

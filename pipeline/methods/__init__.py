@@ -95,16 +95,19 @@ def build(
 ) -> WithPrior:
     """The student with its method. `rows` i64 [N] of the image set that it trains on, `labels` i64 [N], -1 unlabelled.
 
-    New parameters are drawn from torch's generator. Raises ModelError where a network has no stages to compare.
+    New parameters are drawn from torch's generator. Raises ModelError where a network has no stages to compare, or for
+    catkd no class activation maps; DataError where crd has no negatives.
     """
     own, theirs = Stages(student, image_size), Stages(teacher, image_size)
     match settings.method:
         case "at":
             method: nn.Module = AttentionTransfer()
         case "catkd":
+            own.need_activation_maps()
+            theirs.need_activation_maps()
             method = ClassAttentionTransfer(settings.pool)
         case "reviewkd":
-            method = KnowledgeReview(own.shapes, theirs.shapes)
+            method = KnowledgeReview(own.shapes, theirs.shapes, settings.ramp)
         case "crd":
             last = own.shapes[-1][1], theirs.shapes[-1][1]
             method = Contrast(*last, rows, labels, settings.negatives)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from artifacts.errors import DataError
+
 T = TypeVar("T")
 
 
@@ -29,7 +31,7 @@ class AttentionTransfer(nn.Module):
     """Squared distance of normalised attention maps, mean over places, sum over stages."""
 
     def forward(self, student: Seen, teacher: Seen, rows: Tensor, epoch: int) -> Tensor:
-        """Teacher's features of another size are brought to the student's, bilinearly. Scalar >= 0."""
+        """Teacher's features of another size are brought to the student's, bilinearly (half-pixel). Scalar >= 0."""
         total = student.features[0].new_zeros(())
         for own, theirs in paired(student.features, teacher.features):
             total = total + (attention(own) - attention(_resized(theirs, own))).square().mean()
@@ -49,6 +51,7 @@ class ClassAttentionTransfer(nn.Module):
         self.pool = pool
 
     def forward(self, student: Seen, teacher: Seen, rows: Tensor, epoch: int) -> Tensor:
+        """Maps of all classes, of any size. Scalar in 0..4 / pool^2."""
         assert student.maps is not None
         assert teacher.maps is not None
         return F.mse_loss(self._pooled(student.maps), self._pooled(teacher.maps))
@@ -59,16 +62,21 @@ class ClassAttentionTransfer(nn.Module):
 
 
 RAMP = 20
-"""Epochs over which ReviewKD's loss is raised to its full weight."""
+"""Epochs over which ReviewKD's loss is raised to its full weight (its CIFAR recipe; its ImageNet recipe has none)."""
 
 
 class KnowledgeReview(nn.Module):
-    """Student stages, fused from deep to shallow, against the teacher's in a pyramid of resolutions."""
+    """Student levels, fused from deep to shallow, against the teacher's in a pyramid of resolutions.
 
-    def __init__(self, student: list[torch.Size], teacher: list[torch.Size]) -> None:
-        """Shapes [1,D,h,w] of the stages from shallow to deep."""
+    The levels are the stages and, deepest of all, the last one's spatial mean. That one is normalised over the batch
+    alone, which must have two samples at least.
+    """
+
+    def __init__(self, student: list[torch.Size], teacher: list[torch.Size], ramp: int = RAMP) -> None:
+        """Shapes [1,D,h,w] of the stages from shallow to deep. Epochs of the ramp; 0: full weight from the first."""
         super().__init__()
-        pairs = paired(student, teacher)
+        self.ramp = ramp
+        pairs = paired(*([*shapes, torch.Size([1, shapes[-1][1], 1, 1])] for shapes in (student, teacher)))
         middle = min(512, pairs[-1][0][1])
         self.fusions = nn.ModuleList(
             Fusion(own[1], middle, theirs[1], fuse=index < len(pairs) - 1)
@@ -76,12 +84,17 @@ class KnowledgeReview(nn.Module):
         )
 
     def forward(self, student: Seen, teacher: Seen, rows: Tensor, epoch: int) -> Tensor:
-        pairs = paired(student.features, teacher.features)
+        """Scalar >= 0, times the share of the ramp that `epoch` (0 first) has reached."""
+        pairs = paired(_levels(student.features), _levels(teacher.features))
         total, deeper = student.features[0].new_zeros(()), None
         for fusion, (own, theirs) in reversed(list(zip(self.fusions, pairs, strict=True))):
             out, deeper = fusion(own, deeper, theirs.shape[-2:])
             total = total + pyramid_distance(out, theirs)
-        return total * min(epoch / RAMP, 1.0)
+        return total * (min(epoch / self.ramp, 1.0) if self.ramp else 1.0)
+
+
+def _levels(features: list[Tensor]) -> list[Tensor]:
+    return [*features, features[-1].mean((2, 3), keepdim=True)]
 
 
 class Fusion(nn.Module):
@@ -92,6 +105,8 @@ class Fusion(nn.Module):
         self.reduce = nn.Sequential(nn.Conv2d(channels, middle, 1, bias=False), nn.BatchNorm2d(middle))
         self.expand = nn.Sequential(nn.Conv2d(middle, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
         self.attention = nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid()) if fuse else None
+        for layers in (self.reduce, self.expand):
+            nn.init.kaiming_uniform_(layers.get_parameter("0.weight"), a=1)
 
     def forward(
         self, features: Tensor, deeper: Tensor | None, size: tuple[int, int]
@@ -109,7 +124,10 @@ class Fusion(nn.Module):
 
 
 def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Hierarchical context loss: squared distance at full size and, with weights 1/2, 1/4, 1/8, pooled to 4, 2, 1."""
+    """Hierarchical context loss: squared distance at full size and, with weights 1/2, 1/4, 1/8, pooled to 4, 2, 1.
+
+    Only sizes below the features' own count; the sum is divided by the weights'. Two of [B,D,h,w] -> scalar.
+    """
     total, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
     for size in (4, 2, 1):
         if size >= student.shape[-2]:
@@ -123,67 +141,90 @@ def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
 class Contrast(nn.Module):
     """Noise-contrastive estimation between the student's and the teacher's embedding of the same image.
 
-    Negatives come from memories of both networks' embeddings of all training rows, of other classes where labels are
-    known. The normalising constants are estimated in the first batch. One process only: the memories are not shared.
+    Negatives come from memories of both networks' embeddings of all training rows: drawn uniformly, with replacement,
+    of other classes where labels are known and of other images where not. The normalising constants are estimated in
+    the first batch. In fp32 under autocast too. One process only: the memories are not shared.
     """
 
     normaliser: Tensor
     memory: Tensor
+    places: Tensor
+    spans: Tensor
 
     def __init__(
         self, student: int, teacher: int, rows: Tensor, labels: Tensor, negatives: int, *, width: int = 128
     ) -> None:
-        """Channels of the last features; rows of the image set i64 [N]; their labels i64 [N], -1: unlabelled."""
+        """Channels of the last features; rows of the image set i64 [N]; their labels i64 [N], -1: unlabelled.
+
+        Raises DataError where an image has no negatives.
+        """
         super().__init__()
         self.embeddings = nn.ModuleList([nn.Linear(student, width), nn.Linear(teacher, width)])
-        order = torch.argsort(labels, stable=True)
-        labels = labels[order]
-        places = torch.full((int(rows.max()) + 1,), -1)
-        places[rows[order]] = torch.arange(len(rows))
-        first = torch.searchsorted(labels, labels, right=False)
-        count = torch.searchsorted(labels, labels, right=True) - first
-        unlabelled = labels < 0
-        first = torch.where(unlabelled, torch.arange(len(rows)), first)  # all but the sample itself
-        count = torch.where(unlabelled, 1, count)
+        places, spans = _by_class(rows, labels)
         self.register_buffer("places", places, persistent=False)
-        self.register_buffer("spans", torch.stack([first, count]), persistent=False)
+        self.register_buffer("spans", spans, persistent=False)
         scale = (width / 3) ** -0.5
         self.register_buffer("memory", (torch.rand(2, len(rows), width) * 2 - 1) * scale)
         self.register_buffer("normaliser", torch.full((2,), -1.0))
         self.negatives = negatives
 
     def forward(self, student: Seen, teacher: Seen, rows: Tensor, epoch: int) -> Tensor:
-        pooled = [seen.features[-1].float().mean((2, 3)) for seen in (student, teacher)]
-        embedded = [F.normalize(layer(x), dim=1) for layer, x in zip(self.embeddings, pooled, strict=True)]
-        place = self.places[rows]  # type: ignore[index]
-        chosen = torch.cat([place[:, None], self._other_classes(place)], 1)
-        total = pooled[0].new_zeros(())
-        for side in (0, 1):  # each side's embedding against the other side's memory
-            contrasts = self.memory[1 - side][chosen]
-            scores = torch.exp(torch.einsum("bkd,bd->bk", contrasts, embedded[side]) / TEMPERATURE)
-            if self.normaliser[side] < 0:
-                self.normaliser[side] = scores.detach().mean() * self.memory.shape[1]
-            constant = self.normaliser[side].clone()  # the buffer changes in place
-            total = total + contrast_loss(scores / constant, self.memory.shape[1])
-        if self.training:
-            self._remember(place, embedded)
-        return total
+        """Of rows i64 [B] of the image set. Scalar >= 0; in training mode the memories then take the embeddings."""
+        with torch.autocast(rows.device.type, enabled=False):
+            pooled = [seen.features[-1].float().mean((2, 3)) for seen in (student, teacher)]
+            embedded = [
+                F.normalize(layer(x), dim=1) for layer, x in zip(self.embeddings, pooled, strict=True)
+            ]
+            place = self.places[rows]
+            chosen = torch.cat([place[:, None], self._other_classes(place)], 1)
+            total = self._side(0, embedded[0], chosen) + self._side(1, embedded[1], chosen)
+            if self.training:
+                self._remember(place, embedded)
+            return total
+
+    def _side(self, side: int, embedded: Tensor, chosen: Tensor) -> Tensor:
+        """One network's embeddings [B,E] against the other's memory at the places i64 [B,1+K], the positive first."""
+        count = self.memory.shape[1]
+        contrasts = self.memory[1 - side][chosen]
+        scores = torch.exp(torch.einsum("bkd,bd->bk", contrasts, embedded) / TEMPERATURE)
+        before = self.normaliser[side].clone()  # the buffer changes in place
+        constant = torch.where(before < 0, scores.detach().mean() * count, before)
+        self.normaliser[side] = constant
+        return contrast_loss(scores / constant, count)
 
     def _other_classes(self, place: Tensor) -> Tensor:
         """Places i64 [B,K], uniform over other classes' rows; rows are sorted by class, so those are two spans."""
-        first, count = self.spans[:, place]  # type: ignore[index]
+        first, count = self.spans[:, place]
         others = self.memory.shape[1] - count
-        draws = torch.rand(len(place), self.negatives, device=place.device)
-        found = (draws * others[:, None]).long().clamp(max=(others[:, None] - 1).clamp(min=0))
-        return torch.where(found >= first[:, None], found + count[:, None], found).clamp(
-            max=self.memory.shape[1] - 1
-        )
+        draws = torch.rand(len(place), self.negatives, device=place.device, dtype=torch.float64)
+        found = (draws * others[:, None]).long()
+        return torch.where(found >= first[:, None], found + count[:, None], found)
 
     @torch.no_grad()
     def _remember(self, place: Tensor, embedded: list[Tensor]) -> None:
         for side in (0, 1):
             mixed = MOMENTUM * self.memory[side][place] + (1 - MOMENTUM) * embedded[side]
             self.memory[side][place] = F.normalize(mixed, dim=1)
+
+
+def _by_class(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted by class: the place of each row [max + 1] (-1: not among them), and for each place the first place
+    and the count of what is not a negative of it [2,N]: its class, or the sample alone where it is unlabelled."""
+    order = torch.argsort(labels, stable=True)
+    labels = labels[order]
+    places = torch.full((int(rows.max()) + 1,), -1)
+    places[rows[order]] = torch.arange(len(rows))
+    first = torch.searchsorted(labels, labels, right=False)
+    count = torch.searchsorted(labels, labels, right=True) - first
+    unlabelled = labels < 0
+    first = torch.where(unlabelled, torch.arange(len(rows)), first)
+    count = torch.where(unlabelled, 1, count)
+    if int(count.max()) == len(rows):
+        raise DataError(
+            "prior method crd needs images of two classes to contrast, but the student's training rows have one; use "
+            "more rows or another prior method"
+        )
+    return places, torch.stack([first, count])
 
 
 TEMPERATURE, MOMENTUM = 0.07, 0.5

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-from artifacts.errors import ConfigError, ModelError
+from artifacts.errors import ConfigError, DataError, ModelError
 from pipeline import explainers
 from pipeline.config import Experiment, ModelConfig, PriorConfig
 from pipeline.distill import distill
@@ -22,12 +23,14 @@ from pipeline.methods.losses import (
     AttentionTransfer,
     ClassAttentionTransfer,
     Contrast,
+    KnowledgeReview,
     Seen,
     attention,
     contrast_loss,
     pyramid_distance,
 )
 from pipeline.methods.stages import Stages
+from pipeline.models import Classifier
 from pipeline.models import build as build_model
 from pipeline.progress import Quiet
 from pipeline.run import Run
@@ -44,25 +47,77 @@ STAGES = {
     "torchvision/mobilenet_v2": [(24, 16), (32, 8), (96, 4), (1280, 2)],
     "torchvision/shufflenet_v2_x0_5": [(24, 16), (48, 8), (96, 4), (1024, 2)],
     "torchvision/densenet121": [(256, 16), (512, 8), (1024, 4), (1024, 2)],
+    "timm/resnet18": [(64, 16), (128, 8), (256, 4), (512, 2)],
+    "timm/convnext_atto": [(40, 16), (80, 8), (160, 4), (320, 2)],
     "timm/tf_efficientnet_lite0": [(24, 16), (40, 8), (112, 4), (1280, 2)],
     "bcos/small": [(16, 32), (32, 16), (64, 8)],
     "bcos/resnet18": [(64, 16), (128, 8), (256, 4), (512, 2)],
+    "bcos/densenet169": [(256, 16), (512, 8), (1280, 4), (1664, 2)],
 }
+NORM_AFTER_POOLING = ("torchvision/convnext_tiny", "timm/convnext_atto")
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_are_the_last_features_of_each_size(name: str) -> None:
     model = build_model(ModelConfig(model=name), 10).eval()
+    before = torch.get_rng_state()
     stages = Stages(model, 64)
     assert [(shape[1], shape[2]) for shape in stages.shapes] == STAGES[name]
-    with stages.recording() as found:
-        logits = model(torch.rand(2, 3, 64, 64))
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    copies: dict[str, Tensor] = {}
+    with torch.no_grad(), stages.recording() as found, copying(model.net, stages.names, copies):
+        logits = model(images)
     assert [tuple(f.shape[1:3]) for f in stages.features(found)] == STAGES[name]
-    if name in ("toy/resnet", "bcos/small", "torchvision/resnet18"):  # class maps average to the logits
-        means = stages.activation_maps(found).mean((2, 3))
-        offset = logits - means
-        assert torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-4)
+    assert all(torch.equal(found[layer], copies[layer]) for layer in stages.names)  # nothing writes into them
+    if isinstance(model, Classifier):  # DenseNet: after the relu that no module applies
+        assert torch.equal(model.head(stages.features(found)[-1]), logits)
+    if name not in NORM_AFTER_POOLING:  # class maps average to the logits, up to the bias
+        bias = getattr(stages._linear(), "bias", 0) if isinstance(model, Classifier) else -math.log(9)
+        assert torch.allclose(stages.activation_maps(found).mean((2, 3)) + bias, logits, atol=1e-4)
     assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@contextmanager
+def copying(net: nn.Module, names: list[str], copies: dict[str, Tensor]) -> Iterator[None]:
+    """Keeps a copy of what each module gives at the moment when it gives it."""
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: copies.update({name: output.clone()})
+
+    hooks = [net.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_stage_ends_with_its_last_block() -> None:
+    names = {
+        name: Stages(build_model(ModelConfig(model=name), 10), 64).names
+        for name in ("toy/resnet", "timm/convnext_atto")
+    }
+    assert names["toy/resnet"] == [
+        "blocks.0",
+        "blocks",
+    ]  # not the stem, which has the size and width of blocks.0
+    assert names["timm/convnext_atto"][:3] == ["stages.0", "stages.1", "stages.2"]
+
+
+def test_hooks_go_when_the_pass_fails() -> None:
+    model = build_model(ModelConfig(model="toy/resnet", width=4), 3)
+    stages = Stages(model, 32)
+    with pytest.raises(RuntimeError, match="channels"), stages.recording():
+        model.net(torch.rand(1, 5, 32, 32))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_head_without_class_activation_maps_is_named_before_training() -> None:
+    model, teacher = (
+        build_model(ModelConfig(model=f"torchvision/{name}"), 3) for name in ("squeezenet1_1", "resnet18")
+    )
+    settings = PriorConfig(method="catkd")
+    with pytest.raises(ModelError, match="SqueezeNet has no linear layer from its last"):
+        build(settings, explainers.build("auto", model), model, teacher, 64, ROWS, ROWS)
 
 
 def test_a_transformer_has_no_stages() -> None:
@@ -100,6 +155,33 @@ def test_pyramid_distance_by_hand() -> None:
     assert torch.allclose(pyramid_distance(own, theirs), (at[0] + at[1] / 2 + at[2] / 4) / 1.75)
 
 
+def test_review_is_the_papers_formula_and_sees_the_pooled_features() -> None:
+    torch.manual_seed(0)
+    shapes = [torch.Size([1, 3, 8, 8]), torch.Size([1, 5, 4, 4])]
+    others = [torch.Size([1, 4, 8, 8]), torch.Size([1, 6, 2, 2])]
+    review = KnowledgeReview(shapes, others)
+    own, theirs = ([torch.rand(2, *shape[1:]) for shape in sizes] for sizes in (shapes, others))
+    shallow, deep, pooled = review.fusions
+    middle = [
+        f.reduce(x) for f, x in zip(review.fusions, [*own, own[1].mean((2, 3), keepdim=True)], strict=True)
+    ]
+    first = middle[2]
+    shares = deep.attention(torch.cat([middle[1], first.expand(-1, -1, 4, 4)], 1))
+    fused = F.interpolate(middle[1] * shares[:, :1] + first * shares[:, 1:], (2, 2))
+    wide = F.interpolate(fused, (8, 8))
+    shares = shallow.attention(torch.cat([middle[0], wide], 1))
+    last = middle[0] * shares[:, :1] + wide * shares[:, 1:]
+    expected = pyramid_distance(shallow.expand(last), theirs[0]) + pyramid_distance(
+        deep.expand(fused), theirs[1]
+    )
+    expected = expected + F.mse_loss(pooled.expand(first), theirs[1].mean((2, 3), keepdim=True))
+    seen = Seen(own, None), Seen(theirs, None)
+    for epoch, share in ((0, 0.0), (5, 0.25), (20, 1.0), (30, 1.0)):
+        assert torch.allclose(review(*seen, ROWS, epoch), share * expected)
+    review.ramp = 0
+    assert torch.allclose(review(*seen, ROWS, 0), expected)
+
+
 def test_contrast_loss_by_hand() -> None:
     scores = torch.tensor([[2.0, 0.5, 1.0]])
     noise = 2 / 8
@@ -122,6 +204,45 @@ def test_negatives_are_of_other_classes_and_all_of_them() -> None:
     unlabelled = Contrast(4, 4, rows, torch.full((6,), -1), 400)
     for place, chosen in zip(range(6), unlabelled._other_classes(torch.arange(6)), strict=True):
         assert set(chosen.tolist()) == set(range(6)) - {place}
+
+
+def test_a_sample_without_negatives_is_an_error() -> None:
+    for labels in (torch.zeros(4, dtype=torch.int64), torch.full((1,), -1)):
+        with pytest.raises(DataError, match="crd needs images of two classes"):
+            Contrast(4, 4, torch.arange(len(labels)), labels, 8)
+
+
+def test_contrast_is_the_papers_estimate_on_both_sides() -> None:
+    torch.manual_seed(0)
+    rows, labels = torch.arange(3), torch.tensor([0, 1, 2])
+    contrast = Contrast(2, 2, rows, labels, 500, width=4).eval()  # eval: the memories stay
+    seen = Seen([torch.rand(1, 2, 3, 3)], None), Seen([torch.rand(1, 2, 1, 1)], None)
+    state = torch.get_rng_state()
+    loss = contrast(*seen, torch.tensor([1]), 0)
+    torch.set_rng_state(state)
+    expected = 0.0
+    chosen = [1, *contrast._other_classes(torch.tensor([1]))[0].tolist()]
+    for side in (0, 1):
+        embedded = contrast.embeddings[side](seen[side].features[-1].mean((2, 3)))[0]
+        embedded = (embedded / embedded.norm()).detach()
+        raw = [math.exp(float(contrast.memory[1 - side, place] @ embedded) / 0.07) for place in chosen]
+        constant = sum(raw) / len(raw) * 3
+        assert float(contrast.normaliser[side]) == pytest.approx(constant, rel=1e-5)
+        noise = 500 / 3
+        h = [score / constant / (score / constant + noise) for score in raw]
+        expected -= math.log(h[0]) + sum(math.log(1 - each) for each in h[1:])
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_contrast_is_in_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    contrast = Contrast(4, 4, ROWS, ROWS, 8).eval()
+    seen = Seen([torch.rand(4, 4, 2, 2)], None), Seen([torch.rand(4, 4, 2, 2)], None)
+    state = torch.get_rng_state()
+    plain = contrast(*seen, ROWS, 0)
+    torch.set_rng_state(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrast(*seen, ROWS, 0), plain)
 
 
 def test_contrast_remembers_and_keeps_its_constant() -> None:
@@ -168,6 +289,29 @@ def test_gradients_reach_the_first_layer_and_every_adapter(name: str, kind: str)
     assert first.grad is not None
     assert first.grad.abs().sum() > 0
     assert not any(p.grad is not None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", ["toy/resnet", "bcos/small"])
+@pytest.mark.parametrize("name", PRIORS)
+def test_three_steps_lower_the_prior_loss(name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    student, teacher = (build_model(ModelConfig(model=kind, width=width), 3) for width in (4, 8))
+    rows, labels = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    settings = PriorConfig.model_validate(PRIORS[name])
+    module = build(settings, explainers.build("auto", student), student, teacher, 32, rows, labels).train()
+    images = torch.rand(6, 3, 32, 32)
+    optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
+    _, seen = module.ask(explainers.build("auto", teacher.eval()), images, None, False)
+    found = []
+    for _ in range(4):
+        torch.manual_seed(1)  # the same negatives
+        loss = module(images, explain=False, beside=Beside(seen, rows, 20)).prior_loss
+        assert loss is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    assert found[3] < found[0]
 
 
 STUDENTS = {
