@@ -203,9 +203,8 @@ def _root(where: Place) -> Path | None:
     """out/X of out/X/stores/NAME/SPLIT and out/X/images/SPLIT."""
     if not isinstance(where, LocalPlace):
         return None
-    parents = where.path.parents
-    depth = 2 if len(parents) > 2 and parents[1].name == "stores" else 1
-    return parents[depth] if len(parents) > depth else None
+    above = [parent for parent in where.path.parents if parent.name in ("stores", "images")]
+    return above[0].parent if above else None
 
 
 def _is_images(where: Place) -> bool:
@@ -213,11 +212,12 @@ def _is_images(where: Place) -> bool:
 
 
 def _images_beside(where: Place) -> Place | None:
-    """The image set of a store: X/stores/NAME/SPLIT -> X/images/SPLIT."""
-    parts = str(where).rstrip("/").split("/")
-    if len(parts) < 3 or parts[-3] != "stores":
+    """The image set of a store: X/stores/NAME/SPLIT -> X/images/SPLIT. SPLIT may be NAME/train (`also`)."""
+    before, stores, after = str(where).rstrip("/").rpartition("/stores/")
+    split = after.partition("/")[2]
+    if not stores or not split:
         return None
-    images = place("/".join([*parts[:-3], "images", parts[-1]]))
+    images = place(f"{before}/images/{split}")
     return images if images.exists("index.json") else None
 
 

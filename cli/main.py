@@ -122,10 +122,14 @@ def distill(
     if jobs > 1:
         arguments = ["distill", str(config), "--out", str(job.layout.root)]
         arguments += [word for override in set_ or () for word in ("--set", override)]
-        distill_at_once(job.experiment, job.layout, fabric, job.progress, students, seeds, jobs, arguments)
+        distill_at_once(
+            job.experiment, job.layout, fabric, job.progress, students, seeds, jobs, arguments, part
+        )
     else:
         distill_all(job.experiment, job.layout, fabric, job.progress, students, seeds, part)
-    if fabric.is_global_zero and report_:
+    if (
+        fabric.is_global_zero and report_ and any(job.layout.runs.glob("*/*/done"))
+    ):  # others may be at all of them
         _report(job)
 
 
@@ -287,7 +291,7 @@ def _pick_students(experiment: Experiment, wanted: Sequence[str] | None) -> list
 
     swept = {method.name: method.candidates for method in methods(experiment)}
     known = dict.fromkeys([*swept, *experiment.students])
-    picked = [name for name in _pick("student", wanted, list(known))]
+    picked = _pick("student", wanted, list(known))
     return list(dict.fromkeys(student for name in picked for student in swept.get(name, (name,))))
 
 

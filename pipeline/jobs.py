@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from artifacts.errors import E2kdError
 from pipeline.progress import Progress
 
 Job = tuple[str, int]
@@ -19,42 +20,20 @@ def run_jobs(
     jobs: Sequence[Job], command: Sequence[str], count: int, progress: Progress
 ) -> list[tuple[Job, int]]:
     """Run `command --student S --seed K --no-report` for every job, `count` at a time. Returns those that failed, with
-    their exit codes.
+    their exit codes (-9: killed by signal 9).
 
     The machine's cores are divided among them, and its GPUs (CUDA_VISIBLE_DEVICES) taken in turn. Where this process is
     interrupted (Ctrl-C) all are stopped, and KeyboardInterrupt goes on.
     """
-    running: set[subprocess.Popen[str]] = set()
-    free = _devices(count)
-    lock = threading.Lock()
-
-    def run(job: Job) -> int:
-        with lock:
-            device = free.pop(0)
-        line = [*command, "--student", job[0], "--seed", str(job[1]), "--no-report"]
-        process = subprocess.Popen(
-            line, env=_environment(count, device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        running.add(process)
-        assert process.stdout is not None
-        for text in process.stdout:
-            progress.say(f"[{job[0]} seed {job[1]}] {text.rstrip()}")
-        code = process.wait()
-        running.discard(process)
-        with lock:
-            free.append(device)
-        return code
-
+    processes = _Processes(command, count, progress)
     with ThreadPoolExecutor(count) as pool:
-        futures = {job: pool.submit(run, job) for job in jobs}
         try:
-            return [(job, future.result()) for job, future in futures.items() if future.result() != 0]
+            futures = [pool.submit(processes.run, job) for job in jobs]
+            codes = [future.result() for future in futures]
         except BaseException:
-            for future in futures.values():
-                future.cancel()
-            for process in list(running):
-                process.terminate()
+            processes.stop()
             raise
+    return [(job, code) for job, code in zip(jobs, codes, strict=True) if code != 0]
 
 
 def this_command(arguments: Sequence[str]) -> list[str]:
@@ -62,22 +41,74 @@ def this_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "cli", *arguments]
 
 
-def _devices(count: int) -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES is for each of `count` jobs; None where there is no GPU."""
+class _Processes:
+    """The running ones. Its methods are called from several threads."""
+
+    def __init__(self, command: Sequence[str], count: int, progress: Progress) -> None:
+        self.command, self.count, self.progress = command, count, progress
+        self.free = devices(count)
+        self.lock = threading.Lock()
+        self.running: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+
+    def run(self, job: Job) -> int:
+        """Run one to its end. Returns its exit code."""
+        with self.lock:
+            if self.stopped:
+                raise E2kdError("stopped before it began")
+            device = self.free.pop(0)
+            process = self._begin(job, device)
+            self.running.add(process)
+        with process:  # closes its output and waits
+            for line in process.stdout or ():
+                self._say(job, line.rstrip())
+        with self.lock:
+            self.running.discard(process)
+            self.free.append(device)
+        return process.returncode
+
+    def stop(self) -> None:
+        """End all that run and begin no more; what they have finished is kept."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+    def _begin(self, job: Job, device: str | None) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self.command, "--student", job[0], "--seed", str(job[1]), "--no-report"],
+            env=environment(os.environ, self.count, device),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+
+    def _say(self, job: Job, line: str) -> None:
+        with self.lock:
+            self.progress.say(f"[{job[0]} seed {job[1]}] {line}")
+
+
+def devices(count: int) -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is for each of `count` jobs: the GPUs in turn; None where there is no GPU."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return [device for _, device in zip(range(count), _in_turns(names), strict=False)]
+    return [names[i % len(names)] if names else None for i in range(count)]
 
 
-def _in_turns(names: Sequence[str]) -> Iterator[str | None]:
-    nothing: list[str | None] = [None]
-    while True:
-        yield from names or nothing
-
-
-def _environment(count: int, device: str | None) -> dict[str, str]:
-    threads = max((os.cpu_count() or 1) // count, 1)
-    found = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+def environment(own: Mapping[str, str], count: int, device: str | None) -> dict[str, str]:
+    """A job's: its share of the cores that this process may use, its GPU, and lines as they are written."""
+    threads = max(_cores() // count, 1)
+    found = {**own, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     return found if device is None else found | {"CUDA_VISIBLE_DEVICES": device}
+
+
+def _cores() -> int:
+    """Of this process: a cluster gives a job fewer than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1

@@ -10,11 +10,12 @@ import errno
 import fcntl
 import io
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -58,27 +59,9 @@ class Run:
 
     @contextmanager
     def lock(self, fabric: Fabric) -> Iterator[bool]:
-        """Whether this process (with the others of its `fabric`) is the only one at the run; a lock ends with its
-        process.
-
-        Where the folder's file system knows no locks, everybody may.
-        """
-        mine, file = True, None
-        if fabric.is_global_zero:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("a")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                mine = False
-            except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                    raise
-        try:
-            yield bool(fabric.broadcast(mine))
-        finally:
-            if file is not None:
-                file.close()
+        """Whether the run is this process's (with the others of its `fabric`) alone: see `locked`."""
+        with locked(self.path / "lock", fabric) as mine:
+            yield mine
 
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.path / name, data)
@@ -125,6 +108,45 @@ class Run:
     def result(self) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads((self.path / "result.json").read_text())
         return loaded
+
+
+@contextmanager
+def locked(file: Path, fabric: Fabric) -> Iterator[bool]:
+    """Whether this process has the lock, which rank 0 takes for all of its `fabric`; it ends with its process.
+
+    Where the folder's file system knows no locks, everybody has it.
+    """
+    mine, handle = True, None
+    if fabric.is_global_zero:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a")
+        _held.add(handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                raise
+    try:
+        yield bool(fabric.broadcast(mine))
+    finally:
+        if handle is not None:
+            _held.discard(handle)
+            handle.close()
+
+
+_held: set[IO[str]] = set()
+"""Files of this process's locks."""
+
+
+def _close_in_child() -> None:
+    """A lock lasts while any process has its file open, and data-loader workers outlive a killed parent for seconds."""
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:

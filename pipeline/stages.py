@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
+import torch
 from lightning_fabric import Fabric
 
 from artifacts import open_images
 from artifacts.durable import write_atomic
-from artifacts.errors import E2kdError
+from artifacts.errors import ConfigError, E2kdError
 from pipeline.config import Experiment, dump
 from pipeline.distill import distill
-from pipeline.jobs import run_jobs, this_command
+from pipeline.jobs import Job, run_jobs, this_command
 from pipeline.launch import Part, start
 from pipeline.layout import Layout
 from pipeline.pack import pack
 from pipeline.precompute import WHOLE, measure, precompute
 from pipeline.progress import Progress
-from pipeline.run import Run
+from pipeline.run import Run, locked
 from pipeline.student import evaluate_student
-from pipeline.sweep import chosen, method_of, methods
+from pipeline.sweep import DEFAULT_SCORES, Choice, Method, chosen, is_swept, methods
 from pipeline.teach import teach
 
 
 def prepare_teacher(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
     """Pack what is not packed (rank 0) and train the teacher where the config asks for one."""
+    with _alone(layout, fabric, progress):
+        _prepare_teacher(experiment, layout, fabric, progress)
+
+
+def _prepare_teacher(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
     if fabric.is_global_zero:
         pack(experiment, layout, progress)
     fabric.barrier()
@@ -38,20 +46,39 @@ def prepare_stores(
     """Stage 1 for every split that students train on or are scored on. False while other parts are not done.
 
     Independent parts do not pack or teach: that is done once, before them. Raises ImageSetError or ModelError
-    where it was not.
+    where it was not. The whole of it is one process's at a time: a second one waits, and finds it done.
     """
-    if part == WHOLE:
-        prepare_teacher(experiment, layout, fabric, progress)
-    if fabric.is_global_zero:
-        write_atomic(layout.config, dump(experiment).encode())
-    stores = [
-        precompute(experiment, layout, split, open_images(layout.images(split)), fabric, progress, part)
-        for split in experiment.answered_splits
-    ]
-    complete = None not in stores
-    if complete:
-        measure(experiment, layout, fabric, progress)
-    return complete
+    with _alone(layout, fabric, progress) if part == WHOLE else nullcontext():
+        if part == WHOLE:
+            _prepare_teacher(experiment, layout, fabric, progress)
+        if fabric.is_global_zero:
+            write_atomic(layout.config, dump(experiment).encode())
+        stores = [
+            precompute(experiment, layout, split, open_images(layout.images(split)), fabric, progress, part)
+            for split in experiment.answered_splits
+        ]
+        complete = None not in stores
+        if complete:
+            measure(experiment, layout, fabric, progress)
+        return complete
+
+
+@contextmanager
+def _alone(layout: Layout, fabric: Fabric, progress: Progress) -> Iterator[None]:
+    """Waits while another process is at stage 1 of the same experiment."""
+    waited = False
+    while True:
+        with locked(layout.root / "stage-1.lock", fabric) as mine:
+            if mine:
+                yield
+                return
+        if not waited:
+            progress.say(f"another process packs, teaches or precomputes in {layout.root}; waiting for it")
+            waited = True
+        time.sleep(_POLL_SECONDS)
+
+
+_POLL_SECONDS = 0.5
 
 
 def distill_all(
@@ -66,14 +93,15 @@ def distill_all(
     """Stage 2 for students x seeds, of a sweep's other seeds the chosen candidates only. Finished runs are left alone.
 
     Of several independent processes each takes every `part.world`-th run; a run that another one is working on is left
-    to it.
+    to it. Raises ConfigError where a sweep cannot be decided.
     """
     prepare_stores(experiment, layout, fabric, progress)
-    first = _compared_runs(experiment, students, seeds)
-    busy = _run_each(experiment, layout, progress, first, part)
-    later, waiting = _chosen_runs(experiment, layout, students, seeds)
-    busy += _run_each(experiment, layout, progress, later, part)
-    _tell(layout, progress, len(first) + len(later), busy, waiting)
+    first = _compared_runs(experiment, students, seeds)[part.rank :: part.world]
+    busy = _run_each(experiment, layout, progress, first)
+    chosen_runs, waiting = _chosen_runs(experiment, layout, students, seeds)
+    later = chosen_runs[part.rank :: part.world]
+    busy += _run_each(experiment, layout, progress, later)
+    _tell(layout, progress, [*first, *later], busy, waiting)
 
 
 def distill_at_once(
@@ -85,36 +113,40 @@ def distill_at_once(
     seeds: Sequence[int],
     jobs: int,
     arguments: Sequence[str],
+    part: Part = WHOLE,
 ) -> None:
     """As distill_all, `jobs` runs at a time, each a process of its own: `e2kd ARGUMENTS --student S --seed K`.
 
     Raises E2kdError that names the runs that failed, after all others are done.
     """
+    if fabric.world_size > 1:
+        raise ConfigError("--jobs starts processes of its own: use it without torchrun, or torchrun alone")
     prepare_stores(experiment, layout, fabric, progress)
-    first = _compared_runs(experiment, students, seeds)
-    failed = run_jobs(_unfinished(layout, first), this_command(arguments), jobs, progress)
-    later, waiting = _chosen_runs(experiment, layout, students, seeds)
-    failed += run_jobs(_unfinished(layout, later), this_command(arguments), jobs, progress)
+    torch.cuda.empty_cache()  # the teacher's memory is the jobs' now
+    command = this_command([*arguments, "--rank", "0", "--world", "1"])  # whatever SLURM's variables say
+    first = _compared_runs(experiment, students, seeds)[part.rank :: part.world]
+    failed = run_jobs(_unfinished(layout, first), command, jobs, progress)
+    chosen_runs, waiting = _chosen_runs(experiment, layout, students, seeds)
+    later = chosen_runs[part.rank :: part.world]
+    failed += run_jobs(_unfinished(layout, later), command, jobs, progress)
     if failed:
         names = ", ".join(f"{name} seed {seed} (exit code {code})" for (name, seed), code in failed)
-        raise E2kdError(f"{len(failed)} runs failed: {names}; what they said is above. The others are kept")
-    _tell(layout, progress, len(first) + len(later), [], waiting)
+        raise E2kdError(f"failed: {names}; what they said is above, the other runs are kept")
+    _tell(layout, progress, [*first, *later], _unfinished(layout, [*first, *later]), waiting)
 
 
-def _unfinished(layout: Layout, runs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+def _unfinished(layout: Layout, runs: Sequence[Job]) -> list[Job]:
     return [(name, seed) for name, seed in runs if not Run(layout.run(name, seed)).done]
 
 
-def _compared_runs(
-    experiment: Experiment, students: Sequence[str], seeds: Sequence[int]
-) -> list[tuple[str, int]]:
-    """Every run that needs no choice before it."""
+def _compared_runs(experiment: Experiment, students: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Every run that needs no choice before it, the first seed's first."""
     return [(name, seed) for seed in seeds for name in students if _compared(experiment, name, seed)]
 
 
 def _chosen_runs(
     experiment: Experiment, layout: Layout, students: Sequence[str], seeds: Sequence[int]
-) -> tuple[list[tuple[str, int]], list[str]]:
+) -> tuple[list[Job], list[str]]:
     """The chosen candidates' other seeds, and the sweeps that are not decided yet."""
     choices, runs, waiting = chosen(experiment, layout), [], []
     for method in methods(experiment):
@@ -122,42 +154,53 @@ def _chosen_runs(
         others = [seed for seed in seeds if asked and not _compared(experiment, asked[0], seed)]
         if others and method.name not in choices:
             waiting.append(method.name)
-        elif others and choices[method.name].student in asked:
+        elif others and _decided(experiment, method, choices[method.name]) in asked:
             runs += [(choices[method.name].student, seed) for seed in others]
     return sorted(runs, key=lambda run: seeds.index(run[1])), waiting
 
 
+def _decided(experiment: Experiment, method: Method, choice: Choice) -> str:
+    """The chosen student. Raises ConfigError where no candidate has the score that chooses."""
+    if choice.score is None and len(method.candidates) > 1:
+        wanted, split = experiment.evaluate.select_by, experiment.evaluate.select
+        raise ConfigError(
+            f"sweep.{method.name}: no run has {wanted or ' or '.join(DEFAULT_SCORES)} on {split}; set "
+            "evaluate.select_by to a score that they have, then `e2kd evaluate` scores them again"
+        )
+    return choice.student
+
+
 def _compared(experiment: Experiment, student: str, seed: int) -> bool:
     """A swept student's first seed decides; students without a sweep run with every seed."""
-    return seed == experiment.seeds[0] or method_of(student) not in experiment.sweep
+    return seed == experiment.seeds[0] or not is_swept(experiment, student)
 
 
-def _run_each(
-    experiment: Experiment, layout: Layout, progress: Progress, runs: Sequence[tuple[str, int]], part: Part
-) -> list[str]:
+def _run_each(experiment: Experiment, layout: Layout, progress: Progress, runs: Sequence[Job]) -> list[Job]:
     """Returns the runs that other processes are working on."""
     busy = []
-    for name, seed in runs[part.rank :: part.world]:
+    for name, seed in runs:
         fabric = start(experiment.students[name].precision)
         with Run(layout.run(name, seed)).lock(fabric) as mine:
             if mine:
                 distill(experiment, layout, fabric, name, seed, progress)
             else:
-                busy.append(f"{name} seed {seed}")
+                busy.append((name, seed))
                 progress.say(f"{name} seed {seed} is being trained by another process; left to it")
     return busy
 
 
-def _tell(layout: Layout, progress: Progress, runs: int, busy: Sequence[str], waiting: Sequence[str]) -> None:
+def _tell(
+    layout: Layout, progress: Progress, runs: Sequence[Job], busy: Sequence[Job], waiting: Sequence[str]
+) -> None:
     if busy:
-        progress.say(f"others are working on: {', '.join(busy)}")
+        progress.say(f"others are working on: {', '.join(f'{name} seed {seed}' for name, seed in busy)}")
     if waiting:
         progress.say(
             f"the sweep of {', '.join(waiting)} is not decided yet: run the same command again when the other runs are "
             "done"
         )
     if not busy and not waiting:
-        progress.say(f"{runs} runs are done in {layout.runs}")
+        progress.say(f"{len(runs)} runs are done in {layout.runs}")
 
 
 def evaluate_all(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:

@@ -35,7 +35,8 @@ def methods(experiment: Experiment) -> list[Method]:
     """In the config's order."""
     found: dict[str, list[str]] = {}
     for student in experiment.students:
-        found.setdefault(method_of(student), []).append(student)
+        name = method_of(student) if is_swept(experiment, student) else student
+        found.setdefault(name, []).append(student)
     return [Method(name, tuple(candidates)) for name, candidates in found.items()]
 
 
@@ -44,18 +45,28 @@ def method_of(student: str) -> str:
     return student.partition(",")[0]
 
 
+def is_swept(experiment: Experiment, student: str) -> bool:
+    """Whether a student is one of a sweep's candidates."""
+    return bool(experiment.sweep.get(method_of(student)))
+
+
 def chosen(experiment: Experiment, layout: Layout) -> dict[str, Choice]:
     """By method. A swept one is left out while a candidate's run with the first seed is not finished; of equal
     candidates the first counts."""
     found = {}
     for method in methods(experiment):
         scores = {name: _score(experiment, layout, name) for name in method.candidates}
-        if len(scores) == 1:
-            found[method.name] = Choice(method.candidates[0], scores[method.candidates[0]], scores)
-        elif all(Run(layout.run(name, experiment.seeds[0])).done for name in scores):
-            best = max(scores, key=lambda name: -2.0 if scores[name] is None else float(scores[name] or 0.0))
+        decided = all(Run(layout.run(name, experiment.seeds[0])).done for name in scores)
+        if decided or not is_swept(experiment, method.candidates[0]):
+            best = _best(scores)
             found[method.name] = Choice(best, scores[best], scores)
     return found
+
+
+def _best(scores: dict[str, float | None]) -> str:
+    """The first of the highest; one without a score only where none has one."""
+    known = {name: score for name, score in scores.items() if score is not None}
+    return max(known, key=known.__getitem__) if known else next(iter(scores))
 
 
 def _score(experiment: Experiment, layout: Layout, student: str) -> float | None:

@@ -109,3 +109,93 @@ def test_resolved_config_round_trips() -> None:
     experiment = parse(MINIMAL)
     again = parse({**yaml.safe_load(dump(experiment)), "train": MINIMAL["train"]})
     assert again == experiment
+
+
+SWEPT = {
+    **MINIMAL,
+    "students": {"ce": {"loss": "ce"}, "kd": {}, "e2kd": {"explanation_weight": 10}},
+    "sweep": {"kd": {"temperature": [1, 5.0]}, "e2kd": {"augment.hflip": [0.25, 1e-6], "keep": ["last"]}},
+}
+
+
+def test_a_sweep_makes_a_student_of_every_combination_in_its_place() -> None:
+    students = parse(SWEPT).students
+    assert list(students) == [
+        "ce",
+        "kd,temperature=1",
+        "kd,temperature=5",
+        "e2kd,augment.hflip=0.25,keep=last",
+        "e2kd,augment.hflip=1e-06,keep=last",
+    ]
+    assert [student.temperature for student in students.values()] == [5, 1, 5, 5, 5]
+    last = students["e2kd,augment.hflip=1e-06,keep=last"]
+    assert (last.augment.hflip, last.augment.crop_scale, last.explanation_weight) == (1e-6, (0.5, 1), 10)
+
+
+def test_the_last_key_changes_fastest_and_values_are_short_but_different() -> None:
+    grid = {"temperature": [0.12345671, 0.12345672], "compile": [True, False]}
+    students = parse({**SWEPT, "sweep": {"kd": grid}}).students
+    assert [name for name in students if name.startswith("kd")] == [
+        "kd,temperature=0.12345671,compile=True",
+        "kd,temperature=0.12345671,compile=False",
+        "kd,temperature=0.12345672,compile=True",
+        "kd,temperature=0.12345672,compile=False",
+    ]
+
+
+def test_a_dumped_sweep_loads_as_it_was(tmp_path: Path) -> None:
+    experiment = parse(SWEPT)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(experiment))
+    assert load(file) == experiment
+    assert list(load(file, ["sweep={}"]).students) == list(experiment.students)
+    with pytest.raises(ConfigError, match=r"sweep\.kd: its students here are another sweep's"):
+        load(file, ["sweep.kd.temperature=[1,9]"])
+
+
+def test_a_sweep_is_turned_off(tmp_path: Path) -> None:
+    import yaml
+
+    file = tmp_path / "x.yaml"
+    file.write_text(yaml.safe_dump(SWEPT))
+    off = load(file, ["sweep={}", "evaluate.select=null"])
+    assert sorted(off.students) == ["ce", "e2kd", "kd"]
+    assert off.sweep == {}
+    with pytest.raises(ConfigError, match=r"set evaluate\.select, or remove sweep"):
+        load(file, ["evaluate.select=null"])
+
+
+def test_all_problems_of_sweeps_in_one_message() -> None:
+    sweep = {
+        "e3kd": {"temperature": [1]},
+        "kd": {"temprature": [1, 5], "augment.hflp": [0.5], "augment": [1], "lr.x": [1], "temperature": []},
+        "e2kd": {"keep": ["a/b"], "augment.crop_scale": [[0.5, 1.0]], "lr": [0.5, 0.5], "loss": "ce"},
+        "ce": {"model": ["a,b"], "lr": [0.5, 0.5]},
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse({**SWEPT, "sweep": sweep, "veiw": {}})
+    assert str(caught.value).splitlines()[1:10] == [
+        "  sweep.e3kd: no such student; did you mean e2kd?",
+        "  sweep.kd.temprature: unknown key; did you mean temperature?",
+        "  sweep.kd.augment.hflp: unknown key; did you mean hflip?",
+        "  sweep.kd.augment: is a section; sweep one of its keys, augment.enabled",
+        "  sweep.kd.lr.x: unknown key",
+        "  sweep.kd.temperature: has no values",
+        "  sweep.e2kd: write it as key: [value, value], e.g. temperature: [1, 5]",
+        "  sweep.ce.model: 'a,b' cannot be swept, values stand in folder names: no / , = and not empty",
+        "  sweep.ce.lr: 0.5 stands there twice",
+    ]
+    assert "veiw: unknown key; did you mean view?" in str(caught.value)
+
+
+def test_a_swept_student_that_is_there_already() -> None:
+    students = {**SWEPT["students"], "kd,temperature=5": {}}  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"students\.kd,temperature=5: the sweep of kd makes it too"):
+        parse({**SWEPT, "students": students})
+
+
+def test_bad_values_of_a_sweep_name_the_student() -> None:
+    with pytest.raises(
+        ConfigError, match=r"students\.kd,temperature=hot\.temperature: input should be a valid"
+    ):
+        parse({**SWEPT, "sweep": {"kd": {"temperature": ["hot"]}}})

@@ -59,9 +59,9 @@ class Spy:
         self.packed = 0
         ask, apply = pipeline.precompute._ask, CanonicalView.apply
 
-        def asking(explainer: object, pixels: np.ndarray, rows: range, device: object) -> TeacherRows:
+        def asking(explainer: object, pixels: np.ndarray, rows: range, *more: object) -> TeacherRows:
             self.asked += rows
-            return ask(explainer, pixels, rows, device)  # type: ignore[arg-type]
+            return ask(explainer, pixels, rows, *more)  # type: ignore[arg-type]
 
         def applying(view: CanonicalView, raw: object) -> object:
             self.packed += 1

@@ -1,0 +1,147 @@
+"""`--jobs`: real processes, their cores, GPUs, lines, exit codes and end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cli.main import app, run_guarded
+from pipeline.config import Experiment, dump
+from pipeline.jobs import devices, environment, run_jobs
+from pipeline.layout import Layout
+from pipeline.progress import Quiet
+from pipeline.run import Run
+
+Tiny = Callable[..., Experiment]
+
+
+class Lines(Quiet):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def _python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_failed_job_is_told_with_its_code_and_the_others_finish() -> None:
+    code = "import sys; print('I am', *sys.argv[1:]); sys.exit(7 if sys.argv[2] == 'b' else 0)"
+    lines = Lines()
+    jobs = [("a", 0), ("b", 0), ("c", 1)]
+    assert run_jobs(jobs, _python(code), 2, lines) == [(("b", 0), 7)]
+    assert sorted(lines.said) == [
+        "[a seed 0] I am --student a --seed 0 --no-report",
+        "[b seed 0] I am --student b --seed 0 --no-report",
+        "[c seed 1] I am --student c --seed 1 --no-report",
+    ]
+
+
+def test_a_killed_job_has_its_signals_code() -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_jobs([("a", 0)], _python(code), 1, Quiet()) == [(("a", 0), -9)]
+
+
+def test_never_more_than_asked_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time; me = pathlib.Path(sys.argv[1]) / sys.argv[3]; me.touch(); time.sleep(0.3); "
+        "print(len(list(me.parent.iterdir()))); me.unlink()"
+    )
+    lines = Lines()
+    assert run_jobs([(name, 0) for name in "abcd"], [*_python(code), str(tmp_path)], 2, lines) == []
+    assert len(lines.said) == 4
+    assert {line.split("] ")[1] for line in lines.said} <= {"1", "2"}
+
+
+def test_strange_bytes_are_shown_not_raised() -> None:
+    lines = Lines()
+    code = "import sys; sys.stdout.buffer.write(bytes([255, 10]))"
+    assert run_jobs([("a", 0)], _python(code), 1, lines) == []
+    assert lines.said == ["[a seed 0] \N{REPLACEMENT CHARACTER}"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_cores_are_shared(count: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = environment({"OMP_NUM_THREADS": "77", "HOME": "/x"}, count, None)
+    assert found["OMP_NUM_THREADS"] == str(max(cores // count, 1))
+    assert found["HOME"] == "/x"
+    assert "CUDA_VISIBLE_DEVICES" not in found
+
+
+def test_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert devices(3) == ["2", "5", "2"]
+    assert environment({}, 3, "5")["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+INTERRUPTED = """
+import sys
+from pipeline.jobs import run_jobs
+from pipeline.progress import Quiet
+code = "import os, sys, time; open(sys.argv[1] + '/' + str(os.getpid()), 'w').close(); time.sleep(60)"
+try:
+    run_jobs([(name, 0) for name in "abcd"], [sys.executable, "-c", code, sys.argv[1]], 2, Quiet())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_stops_all_and_begins_no_more(tmp_path: Path) -> None:
+    parent = subprocess.Popen([*_python(INTERRUPTED), str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(timeout=30) == 130
+    pids = [int(file.name) for file in tmp_path.iterdir()]
+    assert len(pids) == 2
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in pids)
+
+
+def test_a_sweep_with_two_jobs(
+    prepared: Layout,
+    experiment_of: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (
+        ("ID", "1"),
+        ("COUNT", "2"),
+        ("MIN", "0"),
+        ("STEP", "1"),
+    ):  # the jobs are no array's tasks
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    experiment = experiment_of(
+        train__epochs=1,
+        train__rows=32,
+        students={"kd": {}},
+        sweep={"kd": {"temperature": [1, 5]}},
+        seeds=[0, 1],
+    )
+    config = prepared.root.parent / "tiny.yaml"
+    config.write_text(dump(experiment))
+    line = ["distill", str(config), "--out", str(prepared.root), "--jobs", "2", "--rank", "0", "--world", "1"]
+    code, said = run_guarded(lambda: app(line)), capsys.readouterr()
+    assert code == 0, said
+    runs = {str(file.parent.relative_to(prepared.runs)) for file in prepared.runs.rglob("done")}
+    scores = {
+        name: Run(prepared.run(name, 0)).result()["splits"]["val"]["accuracy"] for name in experiment.students
+    }
+    best = max(scores, key=scores.__getitem__)
+    assert runs == {"kd,temperature=1/seed-0", "kd,temperature=5/seed-0", f"{best}/seed-1"}
+    assert f"[{best} seed 1] 1 runs are done" in said.out
+    assert "\n3 runs are done" in said.out
+    report = (prepared.report / "report.md").read_text()
+    assert "Candidates of the sweeps, val" in report
