@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from artifacts.durable import write_atomic
+from artifacts.errors import DataError
 from pipeline import metrics
 from pipeline.data.loader import Answers, Batch, PairedRows
 from pipeline.explainers import heat
@@ -25,7 +26,11 @@ Samples = dict[str, Tensor]
 
 
 class Scores(dict[str, float]):
-    """Means over a split by name; `samples` has what they are means of, f32 [rows] each, NaN where undefined."""
+    """Means over a split by name; `samples` has what they are means of, f32 [rows] each, NaN where undefined.
+
+    F1 is there as its three counts per row (`f1_hits`, `f1_predicted`, `f1_true`). Where rows have several labels,
+    `localised` says how many of a row's labels its epg and iou are means of: the split's are means over all labels.
+    """
 
     samples: Samples
 
@@ -50,23 +55,27 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
     """Means over the split, in 0..1 (map_cosine -1..1); the rows are divided over the processes.
 
     accuracy, top5      label among the first 1 or 5 classes; only where every row has one label
-    ece                 expected calibration error, 15 bins of the top-1's probability (Guo et al. 2017)
-    f1                  micro F1 of logit >= 0; only where rows have several labels
-    agreement           top-1 = teacher's top-1 (paper Eq. 4)
+    ece                 expected calibration error, 15 bins of the top-1's probability (Guo et al. 2017); as accuracy
+    f1                  micro F1 of logit >= 0; only where every row is labelled and has several labels
+    agreement           top-1 = teacher's top-1 (paper Eq. 4), also where rows have several labels
     group_G_accuracy, group_G_agreement, and the worst group's: where rows have groups
     epg, iou            of the map against the object, at image size; a dead map counts 0; rows without an annotation do
-                        not count. Several labels: of each label's map against its boxes, mean over the labels
+                        not count. Several labels: of each label's map against the union of its boxes, mean over all
+                        (image, label) pairs (Rao et al. 2023); masks do not say whose they are and are not used
     dead                share of all-zero maps. Read epg beside it: a metric that skips dead maps rewards collapse
     map_cosine          cosine to the teacher's map of the same class, at the student's resolution; dead maps count 0;
                         only where both are explained alike
     """
     mine = data.rows[fabric.global_rank :: fabric.world_size]
+    # a process without rows must still know every name, or the others wait for it for ever
+    asked = mine if len(mine) else data.rows[:1]
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(mine), batch_size):
-        batch = data.read(mine[start : start + batch_size]).to(fabric.device)
+    for start in range(0, len(asked), batch_size):
+        batch = data.read(asked[start : start + batch_size]).to(fabric.device)
         for name, values in measure(answer, batch, data).items():
             parts.setdefault(name, []).append(values.float())
-    samples = {name: _gathered(fabric, torch.cat(found), len(data.rows)) for name, found in parts.items()}
+    own = {name: torch.cat(found)[: len(mine)] for name, found in parts.items()}
+    samples = {name: _gathered(fabric, values, len(data.rows)) for name, values in own.items()}
     scores = Scores(_summary(samples))
     scores.samples = {name: values for name, values in samples.items() if not name.startswith("_")}
     return scores
@@ -74,11 +83,11 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
 
 @torch.no_grad()
 def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
-    """Per-sample values [B]; names with _ are for the summary only."""
+    """Per-sample values [B], the same names for every batch of a split; names with _ are for the summary only."""
     images = batch.images.float() / 255
     logits, maps = answer(images, batch.teacher.classes[:, 0] if batch.teacher else None, batch.teacher)
     values: Samples = {"dead": metrics.dead(maps)}
-    if data.multilabel:
+    if data.labelled and data.multilabel:
         values |= metrics.f1_counts(logits, batch.labels)
     elif data.labelled:
         values |= _of_labels(logits, batch.labels)
@@ -87,7 +96,7 @@ def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
     if batch.teacher is not None:
         values["agreement"] = logits.argmax(1) == batch.teacher.logits.argmax(1)
         values |= _cosines(answer, images, batch.teacher, maps)
-    if data.multilabel and batch.boxes is not None:
+    if batch.masks is not None and data.multilabel:
         values |= _localised_by_label(answer, images, batch)
     elif batch.masks is not None:
         values |= _localised(maps, images, batch.masks)
@@ -135,30 +144,38 @@ def _localised(maps: Tensor, images: Tensor, masks: Tensor) -> Samples:
 def _localised_by_label(answer: Answer, images: Tensor, batch: Batch) -> Samples:
     """EPG and IoU of each label's map against the union of its boxes (Rao et al. 2023), mean over a sample's labels.
 
-    For the teacher's own stored maps only labels that it explains count.
+    `localised`: over how many; a label without a box does not count. For the teacher's own stored maps only labels that
+    it explains count.
     """
-    assert batch.boxes is not None
-    size, count = images.shape[-1], len(images)
-    sums = {name: torch.zeros(count, device=images.device) for name in ("epg", "iou", "labels")}
-    for label in range(batch.labels.shape[1]):
-        has = batch.labels[:, label] > 0
-        if answer is teacher_answers and batch.teacher is not None:
-            has = has & (batch.teacher.classes == label).any(1)
-        rows = has.nonzero()[:, 0]
-        if not len(rows):
-            continue
+    total = torch.zeros(3, len(images), device=images.device)  # epg, iou, how many
+    for classes in _asked_labels(answer, batch).T:
+        rows = (classes >= 0).nonzero()[:, 0]
+        asked = classes[rows]
         stored = None if batch.teacher is None else Answers(*(values[rows] for values in batch.teacher))
-        asked = torch.full((len(rows),), label, device=images.device)
-        masks = torch.stack([metrics.boxes_to_mask(batch.boxes[row], size, label) for row in rows.tolist()])
-        found = _localised(answer(images[rows], asked, stored)[1], images[rows], masks[:, None].float())
+        maps = answer(images[rows], asked, stored)[1]
+        found = _localised(maps, images[rows], _masks_of(batch, rows, asked, images.shape[-1]))
         known = ~found["epg"].isnan()
-        sums["labels"][rows] += known
-        for name in ("epg", "iou"):
-            sums[name][rows] += found[name].nan_to_num()
-    return {
-        name: sums[name] / torch.where(sums["labels"] > 0, sums["labels"], torch.nan)
-        for name in ("epg", "iou")
-    }
+        total[:, rows] += torch.stack([found["epg"], found["iou"], known.float()]).nan_to_num()
+    epg, iou, count = total
+    times = torch.where(count > 0, count, torch.nan)
+    return {"epg": epg / times, "iou": iou / times, "localised": count}
+
+
+def _asked_labels(answer: Answer, batch: Batch) -> Tensor:
+    """The labels whose maps are asked for, ascending: i64 [B, the most of any sample], -1 where a sample has fewer."""
+    present = batch.labels > 0
+    if answer is teacher_answers and batch.teacher is not None:
+        every = torch.arange(present.shape[1], device=present.device)
+        present = present & (batch.teacher.classes[:, :, None] == every).any(1)
+    first, classes = present.byte().sort(dim=1, descending=True, stable=True)
+    return torch.where(first > 0, classes, -1)[:, : int(present.sum(1).max())]
+
+
+def _masks_of(batch: Batch, rows: Tensor, classes: Tensor, size: int) -> Tensor:
+    """The union of the boxes of one class of each of some rows: f32 [b,1,size,size] of 0 and 1."""
+    boxes = batch.boxes or (classes.new_zeros(0, 5).float(),) * len(batch.labels)
+    pairs = zip(rows.tolist(), classes.tolist(), strict=True)
+    return torch.stack([metrics.boxes_to_mask(boxes[row], size, cls) for row, cls in pairs])[:, None].float()
 
 
 def _gathered(fabric: Fabric, mine: Tensor, rows: int) -> Tensor:
@@ -172,7 +189,7 @@ def _summary(samples: Samples) -> dict[str, float]:
     means = {
         name: float(values.double().nanmean())
         for name, values in samples.items()
-        if not name.startswith(("_", "f1_")) and not values.isnan().all()
+        if not name.startswith(("_", "f1_", "localised")) and not values.isnan().all()
     }
     if "f1_hits" in samples:
         hits, predicted, true = (
@@ -181,9 +198,18 @@ def _summary(samples: Samples) -> dict[str, float]:
         means["f1"] = 2 * hits / max(predicted + true, 1.0)
     if "_confidence" in samples:
         means["ece"] = metrics.calibration_error(samples["_confidence"], samples["accuracy"])
+    if "localised" in samples:
+        means |= _over_labels(samples)
     if "_group" in samples:
         means |= _by_group(samples)
     return means
+
+
+def _over_labels(samples: Samples) -> dict[str, float]:
+    """Means over all (image, label) pairs, from the images' own means; nothing where no label was localised."""
+    times = samples["localised"].double()
+    sums = {name: float((samples[name].double().nan_to_num() * times).sum()) for name in ("epg", "iou")}
+    return {name: value / float(times.sum()) for name, value in sums.items() if times.any()}
 
 
 def _by_group(samples: Samples) -> dict[str, float]:
@@ -211,4 +237,10 @@ def save_samples(path: Path, samples: Samples) -> None:
 
 
 def read_samples(path: Path) -> Samples:
-    return safetensors.torch.load_file(path)
+    """What `save_samples` wrote. Raises DataError for a damaged file, FileNotFoundError for none."""
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise DataError(
+            f"{path} is damaged ({error}); run e2kd evaluate CONFIG, which writes it again"
+        ) from None

@@ -93,9 +93,12 @@ def shift_similarity(explain_fn: Callable[[Tensor], Tensor], images: Tensor, shi
     """Do explanations move with the image? Cosine of the maps of an image and of its diagonal shift (Fig. 5).
 
     The image [B,3,S,S] moves `shift` px right and down, its border repeated; both maps (explain_fn: images ->
-    [B,c,h,w]) are brought to S x S and compared on the area that both show. Returns float32 [len(shifts), B].
+    [B,c,h,w]) are brought to S x S and compared on the area that both show, pixels 0 to S - shift of the image.
+    Returns float32 [len(shifts), B] in -1..1. Raises ValueError for a shift below 0 or with nothing left, S or more.
     """
     size = images.shape[-1]
+    if not all(0 <= shift < size for shift in shifts):
+        raise ValueError(f"shifts must be 0 to {size - 1} px for images of {size} px, got {list(shifts)}")
     still = _upsample(explain_fn(images), size)
     rows = []
     for shift in shifts:

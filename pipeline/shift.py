@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from artifacts import ImageSet
+from artifacts.errors import ConfigError
 from pipeline.config import EvaluateConfig
 from pipeline.metrics import shift_similarity
 
@@ -22,8 +23,13 @@ def shift_curve(
     """{"shifts": px, "cosine": mean over images}: maps of diagonally shifted images on the area that both show.
 
     The explained class is the model's own for the image that is not shifted. Up to `evaluate.shift_images` images,
-    evenly over the set; one whose own map is all-zero does not count.
+    evenly over the set; one whose own map is all-zero does not count. Raises ConfigError for a shift of a whole image.
     """
+    if max(settings.shifts, default=0) >= images.size:
+        raise ConfigError(
+            f"evaluate.shifts: {max(settings.shifts)} px leaves nothing of the {images.size} px images of "
+            f"{images.place} to compare; use shifts below {images.size}"
+        )
     rows = np.linspace(0, len(images) - 1, min(settings.shift_images, len(images))).round().astype(np.int64)
     found = []
     for start in range(0, len(rows), BATCH):

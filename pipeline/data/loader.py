@@ -130,7 +130,7 @@ class PairedRows(Dataset[Batch]):
         return self._cached[np.searchsorted(self.rows, rows)]
 
     def _boxes(self, rows: np.ndarray) -> tuple[Tensor, ...] | None:
-        """None where the split has none at all."""
+        """None where none of these rows has any."""
         found = [self._boxes_of(int(row)) for row in rows]
         if all(boxes is None for boxes in found):
             return None

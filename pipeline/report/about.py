@@ -42,11 +42,15 @@ def settings_table(results: Results) -> Table:
         flatten(results.experiment.students[method.student].model_dump(mode="json"))
         for method in results.methods
     ]
-    differing = [key for key in flat[0] if any(settings[key] != flat[0][key] for settings in flat)]
+    every = dict.fromkeys(key for settings in flat for key in settings)
+    flat = [
+        {key: value for key, value in settings.items() if value is not None} for settings in flat
+    ]  # prior: null beside prior.method
+    differing = [key for key in every if len({str(settings.get(key)) for settings in flat}) > 1]
     shown = list(dict.fromkeys(("loss", "mode", "temperature", "explanation_weight", "epochs", *differing)))
     names = {"explanation_weight": "lambda", "temperature": "T"}
     rows = [
-        [Cell(method.name), *(Cell(_value(settings[key])) for key in shown)]
+        [Cell(method.name), *(Cell(_value(settings.get(key))) for key in shown)]
         for method, settings in zip(results.methods, flat, strict=True)
     ]
     return Table("Settings", ["method", *(names.get(key, key) for key in shown)], rows)

@@ -14,6 +14,8 @@ import numpy as np
 
 RESAMPLES = 2000
 F1_COUNTS = ("f1_hits", "f1_predicted", "f1_true")
+LOCALISED = "localised"
+"""Over how many labels a row's epg and iou are means, where rows have several: the split's are over all labels."""
 
 Samples = Mapping[str, np.ndarray]
 """Metric -> one value per row, float [N], NaN where a row has none; F1 by its three counts per row."""
@@ -93,11 +95,22 @@ def _difference(tops: np.ndarray, bottoms: np.ndarray, seeds: np.ndarray) -> np.
 def _ratios(samples: Samples) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Metric -> (numerator, denominator) per row f64 [N]: score = sum / sum. F1 = 2 hits / (predicted + true)."""
     found = {
-        name: (np.nan_to_num(np.asarray(values, np.float64)), np.isfinite(values).astype(np.float64))
+        name: _weighted(np.asarray(values, np.float64), _times(samples, name))
         for name, values in samples.items()
-        if name not in F1_COUNTS
+        if name not in (*F1_COUNTS, LOCALISED)
     }
     if all(name in samples for name in F1_COUNTS):
         hits, predicted, true = (np.asarray(samples[name], np.float64) for name in F1_COUNTS)
         found["f1"] = (2 * hits, predicted + true)
     return found
+
+
+def _weighted(values: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A mean's (numerator, denominator) per row f64 [N]; both 0 where a row has no value."""
+    return np.nan_to_num(values) * times, np.isfinite(values) * times
+
+
+def _times(samples: Samples, name: str) -> np.ndarray:
+    """How often each row's value counts: f64 [N]."""
+    by_label = name in ("epg", "iou") and LOCALISED in samples
+    return np.asarray(samples[LOCALISED] if by_label else np.ones(len(samples[name])), np.float64)

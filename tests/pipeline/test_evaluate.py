@@ -1,25 +1,41 @@
-"""Scores of a split against hand-computed cases, whatever the batches and processes."""
+"""Scores of a split against hand-computed cases, whatever the batches and processes.
+
+The second gloo process of `test_two_processes_score_as_one` runs this file, `python test_evaluate.py FOLDER`.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from artifacts import Sample, open_images
+from artifacts.errors import ConfigError, DataError
 from artifacts.packing import write_images
 from pipeline import metrics
+from pipeline.config import EvaluateConfig
 from pipeline.data.loader import Answers, Batch, PairedRows
 from pipeline.evaluate import measure, read_samples, samples_file, save_samples, score, teacher_answers
+from pipeline.explainers import Explained
+from pipeline.launch import start
 from pipeline.layout import Layout
+from pipeline.shift import shift_curve
 
 SIZE = 8
+ROOT = Path(__file__).parents[2]
 
 
 class Split:
@@ -82,12 +98,31 @@ def test_accuracy_top5_and_groups(batch_size: int) -> None:
     groups = torch.tensor([0, 0, 1, 1, 1])
     found = scored(*batch(LOGITS, LABELS, groups=groups), batch_size)
     assert found["accuracy"] == pytest.approx(2 / 5)
-    assert found["top5"] == pytest.approx(1.0)
     assert found["group_0_accuracy"] == 1
     assert found["group_1_accuracy"] == found["worst_group_accuracy"] == 0
     assert found.samples["accuracy"].tolist() == [1, 1, 0, 0, 0]
     assert "_group" not in found.samples
     assert "agreement" not in found
+
+
+def test_top5_by_hand() -> None:
+    """The labels are the first, the fifth and the sixth of seven distinct logits."""
+    logits = torch.arange(7.0).flip(0).repeat(3, 1)
+    found = scored(*batch(logits, torch.tensor([0, 4, 5])))
+    assert found.samples["top5"].tolist() == [1, 1, 0]
+    assert found["top5"] == pytest.approx(2 / 3)
+    assert "top5" not in scored(*batch(logits[:, :5], torch.tensor([0, 4, 3])))
+
+
+def test_groups_of_agreement_and_rows_of_no_group() -> None:
+    """Agreement 1, 0 in group 0 and 1 in group 2; the row of no group agrees with nobody."""
+    teacher = Answers(LOGITS[[0, 2, 2, 4]], torch.tensor([[0], [2], [2], [4]]), torch.ones(4, 1, 1, 2, 2))
+    groups = torch.tensor([0, 0, 2, -1])
+    found = scored(*batch(LOGITS[:4], LABELS[:4], groups=groups, teacher=teacher), labelled=False)
+    assert found["agreement"] == 0.5
+    assert found["group_0_agreement"] == found["worst_group_agreement"] == 0.5
+    assert found["group_2_agreement"] == 1
+    assert not any("accuracy" in name or "group_-1" in name for name in found)
 
 
 def test_calibration_by_hand() -> None:
@@ -133,6 +168,21 @@ def test_rows_without_an_annotation_do_not_count() -> None:
     assert found["epg"] == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+def test_epg_and_iou_by_hand(channels: int) -> None:
+    """The map is the left half, the object the upper half. Of W(x) the contributions count: black pixels give none."""
+    heat = torch.zeros(SIZE, SIZE)
+    heat[:, :4] = 1
+    maps = heat.repeat(1, 1, 1, 1)
+    if channels == 6:
+        maps = torch.cat([torch.ones(1, 3, SIZE, SIZE), heat.repeat(1, 3, 1, 1)], 1)
+    masks = torch.zeros(1, 1, SIZE, SIZE)
+    masks[:, :, :4] = 1
+    found = scored(*batch(LOGITS[:1], LABELS[:1], masks=masks, maps=maps))
+    assert found["epg"] == pytest.approx(0.5)
+    assert found["iou"] == pytest.approx(16 / (32 + 32 - 16))
+
+
 def test_dead_maps_count_as_missing_the_object() -> None:
     masks = torch.ones(2, 1, SIZE, SIZE)
     maps = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
@@ -171,6 +221,52 @@ def test_several_labels_f1_over_the_split_and_each_labels_own_boxes(batch_size: 
     assert found.samples["epg"][2].isnan()
 
 
+def several_labels() -> tuple[Batch, Callable[..., Any]]:
+    """Maps of ones: the EPG of a label is the area of its boxes. Labels 1 and 1; 0.25; none; one without a box."""
+    labels = torch.tensor([[1.0, 1], [1, 0], [0, 0], [0, 1]])
+    boxes = (
+        torch.tensor([[0.0, 0, 0, 8, 8], [1, 0, 0, 8, 8]]),
+        torch.tensor([[0.0, 0, 0, 8, 2], [1, 0, 0, 8, 8]]),
+        torch.tensor([[0.0, 0, 0, 8, 8]]),
+        torch.tensor([[0.0, 0, 0, 8, 8]]),
+    )
+    return batch(torch.ones(4, 2), labels, boxes=boxes, masks=torch.ones(4, 1, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_the_mean_is_over_images_and_labels_and_a_samples_own_over_its_labels(batch_size: int) -> None:
+    found = scored(*several_labels(), batch_size, multilabel=True)
+    assert found.samples["localised"].tolist() == [2, 1, 0, 0]
+    assert found.samples["epg"].tolist()[:2] == [1, 0.25]
+    assert found.samples["epg"][2:].isnan().all()
+    assert found["epg"] == pytest.approx((1 + 1 + 0.25) / 3)
+    assert "localised" not in found
+
+
+def test_the_teachers_maps_of_labels_that_it_does_not_explain_do_not_count() -> None:
+    whole, _ = several_labels()
+    stored = torch.ones(4, 2, 1, 2, 2)
+    stored[:, 1] = 0
+    teacher = Answers(torch.ones(4, 2), torch.tensor([[1, -1], [1, -1], [0, 1], [0, -1]]), stored)
+    found = scored(replace(whole, teacher=teacher), teacher_answers, multilabel=True)
+    assert found.samples["localised"].tolist() == [1, 0, 0, 0]
+    assert found["epg"] == 1
+
+
+def test_a_mask_does_not_say_whose_it_is() -> None:
+    """Where rows have several labels those without boxes have no EPG, whichever batch they come in."""
+    whole, answer = several_labels()
+    without = replace(whole, boxes=None)
+    assert not {"epg", "iou"} & scored(without, answer, multilabel=True).keys()
+    alone = measure(answer, without, Split(whole, multilabel=True))  # type: ignore[arg-type]
+    assert alone["epg"].isnan().all()
+    assert alone.keys() == measure(answer, whole, Split(whole, multilabel=True)).keys()  # type: ignore[arg-type]
+
+
+def test_unlabelled_rows_are_not_rows_without_a_class() -> None:
+    assert "f1" not in scored(*several_labels(), multilabel=True, labelled=False)
+
+
 def test_any_number_of_processes_measures_the_same() -> None:
     """Each process's rows; what they sum up to is the one process's result."""
     whole, answer = batch(LOGITS, LABELS)
@@ -181,6 +277,59 @@ def test_any_number_of_processes_measures_the_same() -> None:
         values = measure(answer, split.read(mine), split)  # type: ignore[arg-type]
         together |= dict(zip(mine.tolist(), values["accuracy"].float().tolist(), strict=True))
     assert [together[row] for row in range(5)] == scored(whole, answer).samples["accuracy"].tolist()
+
+
+def splits() -> dict[str, tuple[Batch, Callable[..., Any], bool]]:
+    """Name -> (rows, answer, several labels?): odd numbers of rows, several labels, and fewer rows than processes."""
+    masks = torch.zeros(5, 1, SIZE, SIZE)
+    masks[:3, :, :2] = 1
+    teacher = Answers(LOGITS.flip(0), LOGITS.flip(0).argmax(1)[:, None], torch.ones(5, 1, 1, 2, 2))
+    groups, maps = torch.tensor([0, 1, 1, 0, -1]), torch.arange(20.0).reshape(5, 1, 2, 2)
+    return {
+        "odd": (*batch(LOGITS, LABELS, groups=groups, masks=masks, teacher=teacher, maps=maps), False),
+        "several": (*several_labels(), True),
+        "one": (*batch(LOGITS[:1], LABELS[:1], masks=masks[:1], groups=groups[:1]), False),
+    }
+
+
+def scored_by(fabric: Any) -> dict[str, Tensor]:
+    """Every mean and every sample of `splits`."""
+    found: dict[str, Tensor] = {}
+    for name, (whole, answer, several) in splits().items():
+        scores = score(fabric, answer, Split(whole, multilabel=several), 2)  # type: ignore[arg-type]
+        found |= {f"{name}.mean.{metric}": torch.tensor(value) for metric, value in scores.items()}
+        found |= {f"{name}.samples.{metric}": values for metric, values in scores.samples.items()}
+    return found
+
+
+def joined(rank: int, folder: Path) -> dict[str, Tensor]:
+    """What one of two gloo processes, which meet in a folder, knows of the scores."""
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", meet, timedelta(seconds=100), world_size=2, rank=rank)
+    try:
+        return scored_by(start())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in (torchrun | {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}).items():
+        monkeypatch.setenv(name, value)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RANK": "1", "LOCAL_RANK": "1"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as other:
+        zero = joined(0, tmp_path)
+        error = other.communicate(timeout=100)[1]
+    assert other.returncode == 0, error
+    expected = scored_by(OneProcess())
+    assert len(expected) > 25
+    for found in (zero, load_file(tmp_path / "1.safetensors")):
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_student_of_another_kind_of_map_has_no_map_cosine() -> None:
@@ -197,8 +346,17 @@ def test_samples_come_back_from_their_file(tmp_path: Path) -> None:
     assert found["epg"][1].isnan()
 
 
-def test_unlabelled_images_without_a_store(tmp_path: Path, fabric: Fabric) -> None:
-    layout = Layout(tmp_path)
+def test_a_damaged_file_of_samples_is_named(tmp_path: Path) -> None:
+    file = samples_file(tmp_path, "test")
+    save_samples(file, {"accuracy": torch.rand(9)})
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"scores-test\.safetensors is damaged .*e2kd evaluate"):
+        read_samples(file)
+    with pytest.raises(FileNotFoundError):
+        read_samples(tmp_path / "none")
+
+
+def packed(layout: Layout) -> None:
     write_images(
         layout.images("val"),
         count=3,
@@ -208,7 +366,35 @@ def test_unlabelled_images_without_a_store(tmp_path: Path, fabric: Fabric) -> No
         source="test",
         rows_per_shard=2,
     )
+
+
+def test_unlabelled_images_without_a_store(tmp_path: Path, fabric: Fabric) -> None:
+    layout = Layout(tmp_path)
+    packed(layout)
     rows = PairedRows(open_images(layout.images("val")), masks="any")
     _, answer = batch(LOGITS[:3], LABELS[:3])
     found = score(fabric, answer, rows, 2)
     assert set(found) == {"dead"}
+
+
+class Still(torch.nn.Module):
+    """Explains every image by the same map."""
+
+    def forward(self, images: Tensor, classes: Tensor | None = None, explain: bool = True) -> Explained:
+        logits = images.mean((2, 3))
+        return Explained(logits, torch.ones(len(images), 1, 2, 2), logits.argmax(1))
+
+
+def test_a_shift_must_leave_something_of_the_image(tmp_path: Path) -> None:
+    layout, cpu = Layout(tmp_path), torch.device("cpu")
+    packed(layout)
+    images = open_images(layout.images("val"))
+    found = shift_curve(Still(), images, EvaluateConfig(shifts=(SIZE - 1,)), cpu)
+    assert found == {"shifts": [SIZE - 1], "cosine": [1.0]}
+    with pytest.raises(ConfigError, match=r"evaluate\.shifts: 8 px"):
+        shift_curve(Still(), images, EvaluateConfig(shifts=(0, SIZE)), cpu)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    save_file(joined(1, Path(sys.argv[1])), Path(sys.argv[1]) / "1.safetensors")
