@@ -127,9 +127,7 @@ def distill(
         )
     else:
         distill_all(job.experiment, job.layout, fabric, job.progress, students, seeds, part)
-    if (
-        fabric.is_global_zero and report_ and any(job.layout.runs.glob("*/*/done"))
-    ):  # others may be at all of them
+    if fabric.is_global_zero and report_ and _any_to_report(job):
         _report(job)
 
 
@@ -272,8 +270,10 @@ def _progress() -> Progress:
     from cli.console import progress
     from pipeline.progress import Quiet
 
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return progress() if rank == "0" else Quiet()
+    joined = "RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID"
+    if joined == "SLURM_PROCID" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        return progress()  # srun's tasks work by themselves
+    return progress() if os.environ.get(joined, "0") == "0" else Quiet()
 
 
 def _pick(what: str, wanted: Sequence[T] | None, known: Sequence[T]) -> list[T]:
@@ -293,6 +293,13 @@ def _pick_students(experiment: Experiment, wanted: Sequence[str] | None) -> list
     known = dict.fromkeys([*swept, *experiment.students])
     picked = _pick("student", wanted, list(known))
     return list(dict.fromkeys(student for name in picked for student in swept.get(name, (name,))))
+
+
+def _any_to_report(job: _Job) -> bool:
+    """Other processes may be at all of the runs, or a sweep not be decided."""
+    from pipeline.report.results import methods
+
+    return any(method.results() for method in methods(job.experiment, job.layout))
 
 
 def _report(job: _Job) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
 from artifacts.errors import ConfigError
@@ -78,6 +79,7 @@ def start(precision: str = "fp32") -> Fabric:
             num_nodes=world // local,
             strategy="ddp" if world > 1 else "auto",
             precision=_PRECISION[precision],
+            plugins=LightningEnvironment() if world == 1 else None,  # Fabric's own for SLURM refuses --ntasks
         )
         fabric.launch()
     return fabric

@@ -101,7 +101,7 @@ def distill_all(
     chosen_runs, waiting = _chosen_runs(experiment, layout, students, seeds)
     later = chosen_runs[part.rank :: part.world]
     busy += _run_each(experiment, layout, progress, later)
-    _tell(layout, progress, [*first, *later], busy, waiting)
+    _tell(experiment, layout, progress, [*first, *later], busy, waiting)
 
 
 def distill_at_once(
@@ -132,7 +132,7 @@ def distill_at_once(
     if failed:
         names = ", ".join(f"{name} seed {seed} (exit code {code})" for (name, seed), code in failed)
         raise E2kdError(f"failed: {names}; what they said is above, the other runs are kept")
-    _tell(layout, progress, [*first, *later], _unfinished(layout, [*first, *later]), waiting)
+    _tell(experiment, layout, progress, [*first, *later], _unfinished(layout, [*first, *later]), waiting)
 
 
 def _unfinished(layout: Layout, runs: Sequence[Job]) -> list[Job]:
@@ -190,14 +190,19 @@ def _run_each(experiment: Experiment, layout: Layout, progress: Progress, runs: 
 
 
 def _tell(
-    layout: Layout, progress: Progress, runs: Sequence[Job], busy: Sequence[Job], waiting: Sequence[str]
+    experiment: Experiment,
+    layout: Layout,
+    progress: Progress,
+    runs: Sequence[Job],
+    busy: Sequence[Job],
+    waiting: Sequence[str],
 ) -> None:
     if busy:
         progress.say(f"others are working on: {', '.join(f'{name} seed {seed}' for name, seed in busy)}")
     if waiting:
         progress.say(
-            f"the sweep of {', '.join(waiting)} is not decided yet: run the same command again when the other runs are "
-            "done"
+            f"the sweep of {', '.join(waiting)} is not decided yet: run the same command again when all its runs with "
+            f"seed {experiment.seeds[0]} are done"
         )
     if not busy and not waiting:
         progress.say(f"{len(runs)} runs are done in {layout.runs}")

@@ -50,16 +50,23 @@ def is_swept(experiment: Experiment, student: str) -> bool:
     return bool(experiment.sweep.get(method_of(student)))
 
 
+def scores(experiment: Experiment, layout: Layout) -> dict[str, dict[str, float | None]]:
+    """By method and candidate: with the first seed, on `evaluate.select`; None where there is none."""
+    return {
+        method.name: {name: _score(experiment, layout, name) for name in method.candidates}
+        for method in methods(experiment)
+    }
+
+
 def chosen(experiment: Experiment, layout: Layout) -> dict[str, Choice]:
     """By method. A swept one is left out while a candidate's run with the first seed is not finished; of equal
     candidates the first counts."""
     found = {}
-    for method in methods(experiment):
-        scores = {name: _score(experiment, layout, name) for name in method.candidates}
-        decided = all(Run(layout.run(name, experiment.seeds[0])).done for name in scores)
-        if decided or not is_swept(experiment, method.candidates[0]):
-            best = _best(scores)
-            found[method.name] = Choice(best, scores[best], scores)
+    for name, candidates in scores(experiment, layout).items():
+        decided = all(Run(layout.run(student, experiment.seeds[0])).done for student in candidates)
+        if decided or not experiment.sweep.get(name):
+            best = _best(candidates)
+            found[name] = Choice(best, candidates[best], candidates)
     return found
 
 

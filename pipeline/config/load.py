@@ -37,8 +37,10 @@ def parse(raw: Mapping[str, Any], where: str = "config") -> Experiment:
     try:
         experiment = Experiment.model_validate(resolved)
     except ValidationError as error:
+        sweep = raw.get("sweep")
         problems += [
-            describe(problem, Experiment, SOURCES, more_keys=["train"]) for problem in error.errors()
+            describe(_as_written(problem, sweep), Experiment, SOURCES, more_keys=["train"])
+            for problem in error.errors()
         ]
     if problems:
         distinct = list(dict.fromkeys(problems))
@@ -120,6 +122,19 @@ def _resolve_students(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), dict):
         teacher["train"] = _merge({"augment": augment}, teacher["train"])
     return raw, problems
+
+
+def _as_written(problem: Any, sweep: Any) -> Any:
+    """A problem of a sweep's candidate where the file has it, in `sweep` or in the student, so that it is told once."""
+    if problem["loc"][:1] != ("students",) or len(problem["loc"]) == 1:
+        return problem
+    _, name, *key = problem["loc"]
+    method, comma, _ = str(name).partition(",")
+    grid = sweep.get(method) if isinstance(sweep, dict) else None
+    if not comma or not isinstance(grid, dict):
+        return problem
+    where = "sweep" if ".".join(map(str, key)) in grid else "students"
+    return {**problem, "loc": (where, method, *key)}
 
 
 def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from pipeline.data.source import Label
 
 MOST = 2**17
 """Classes that are made up from labels; a higher label is out of range, whatever the file says."""
+FARTHEST = 2**24
+"""px, and classes: what a 32-bit float still counts exactly."""
 
 
 def label_of(value: Any, where: str) -> Label:
@@ -33,13 +35,13 @@ def label_of(value: Any, where: str) -> Label:
 def boxes_of(rows: Any, where: str) -> np.ndarray:
     """f32 [N,5] of (class, x0, y0, x1, y1). Raises DataError for what is no list of boxes, or an empty box."""
     try:
-        boxes = np.asarray(rows if len(rows) else np.zeros((0, 5)), np.float32)
-    except (TypeError, ValueError):
-        boxes = np.zeros(0, np.float32)
-    if boxes.ndim != 2 or boxes.shape[1] != 5 or not np.isfinite(boxes).all():
+        boxes = np.asarray(rows if len(rows) else np.zeros((0, 5)), np.float64)
+    except (TypeError, ValueError, OverflowError):
+        boxes = np.zeros(0)
+    if boxes.ndim != 2 or boxes.shape[1] != 5 or not (abs(boxes) < FARTHEST).all():
         raise DataError(f"{where}: boxes are no list of [class, x0, y0, x1, y1]; correct them")
-    classes = boxes[:, 0]
-    if ((boxes[:, 1:3] >= boxes[:, 3:]).any()) or (classes != classes.astype(np.int64)).any():
+    boxes, classes = boxes.astype(np.float32), boxes[:, 0]
+    if (boxes[:, 1:3] >= boxes[:, 3:]).any() or (classes != classes.astype(np.int64)).any():
         raise DataError(f"{where}: a box is empty, or its class is no integer; correct it")
     return boxes
 
@@ -67,6 +69,8 @@ def size_below(root: Path, name: str, where: str) -> int:
         raise DataError(f"{where} names {name!r}, which is not a file below {root}; correct it")
     try:
         return os.stat(root / name).st_size
+    except ValueError:  # a NUL, or half a surrogate pair
+        raise DataError(f"{where} names {name!r}, which no file can be called; correct it") from None
     except OSError as error:
         raise DataError(
             f"{where} names {root / name}, which cannot be read ({error.strerror}); unpack the data set again"

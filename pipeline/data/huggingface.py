@@ -193,7 +193,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text_of(file, "make it readable").split("\n"), 1):
         try:
             about = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}, line {number} is no JSON ({error}); correct it") from None
         if about is None:
             continue

@@ -29,6 +29,10 @@ def split_names(data: Files) -> list[str]:
         )
     if "val" in names or (data.val_per_class is None and not isinstance(data, Folder)):
         return names
+    if "train" not in names:
+        raise ConfigError(
+            f"data.val_per_class: {data.root} has no train to hold images out of, only {', '.join(names)}; remove it"
+        )
     return ["train", "val", *(name for name in names if name != "train")]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -63,16 +64,17 @@ def split_names(data: Voc) -> list[str]:
 
 def open_listing(data: Voc, split: str) -> Listing:
     base, keep = _base(data), data.difficult == "keep"
-    names = [
-        line.split()[0]
-        for line in text_of(base / f"ImageSets/Main/{split}.txt", MEND).splitlines()
-        if line.strip()
-    ]
+    found = {name: _annotated(base, name, keep) for name in _listed(base / f"ImageSets/Main/{split}.txt")}
+    sizes = {entry.id: size for entry, size in found.values()}
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
-        return read_photo(base / entry.id)  # whole, whatever the view: the boxes are in its px
+        image = read_photo(base / entry.id)  # whole, whatever the view: the boxes are in its px
+        if image.size != sizes[entry.id]:
+            written, seen = (f"{width:g} x {height:g}" for width, height in (sizes[entry.id], image.size))
+            raise DataError(f"{base / entry.id} has {seen} px, its annotation says {written}; {MEND}")
+        return image
 
-    return Listing(CLASSES, [_entry(base, name, keep) for name in names], read)
+    return Listing(CLASSES, [entry for entry, _ in found.values()], read)
 
 
 def _base(data: Voc) -> Path:
@@ -89,21 +91,33 @@ def _base(data: Voc) -> Path:
     return found
 
 
-def _entry(base: Path, name: str, keep_difficult: bool) -> Entry:
+def _listed(file: Path) -> list[str]:
+    """The image names of a list, in its order. Raises DataError where one is named twice."""
+    names = [line.split()[0] for line in text_of(file, MEND).splitlines() if line.strip()]
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
+    if twice is not None:
+        raise DataError(f"{file} names {twice} twice; remove one line")
+    return names
+
+
+def _annotated(base: Path, name: str, keep_difficult: bool) -> tuple[Entry, tuple[float, float]]:
+    """An image, and the (width, height) in px that its annotation says."""
     path, file = f"JPEGImages/{name}.jpg", base / "Annotations" / f"{name}.xml"
     try:
         size = os.stat(base / path).st_size
     except OSError as error:
         raise DataError(f"cannot read the image {base / path} ({error.strerror}); unpack VOC again") from None
-    boxes = _boxes(file, keep_difficult)
-    label = tuple(sorted({int(box[0]) for box in boxes}))
-    return Entry(path, size, label, boxes=np.array(boxes, np.float32).reshape(-1, 5))
-
-
-def _boxes(file: Path, keep_difficult: bool) -> list[tuple[float, ...]]:
-    """(class, x0, y0, x1, y1) of each object, in px from 0, right and lower edge exclusive."""
     annotation = _parse(file)
     width, height = (_number(annotation, f"size/{side}", file) for side in ("width", "height"))
+    boxes = _boxes(annotation, width, height, file, keep_difficult)
+    label = tuple(sorted({int(box[0]) for box in boxes}))
+    return Entry(path, size, label, boxes=np.array(boxes, np.float32).reshape(-1, 5)), (width, height)
+
+
+def _boxes(
+    annotation: ElementTree.Element, width: float, height: float, file: Path, keep_difficult: bool
+) -> list[tuple[float, ...]]:
+    """(class, x0, y0, x1, y1) of each object, in px from 0, right and lower edge exclusive."""
     objects = annotation.findall("object")
     if not objects:
         raise DataError(f"{file} has no object; unpack VOC again")

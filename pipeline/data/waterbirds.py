@@ -57,8 +57,7 @@ def open_listing(data: Waterbirds, split: str) -> Listing:
     def mask(entry: Entry) -> Image.Image | None:
         assert masks is not None
         file = _mask_file(masks, entry.id)
-        with Image.open(data.root / entry.id) as image:
-            return read_mask(file, str(file), image.size)
+        return read_mask(file, str(file), read(entry, None).size)
 
     return Listing(CLASSES, entries, read, None if masks is None else mask)
 
@@ -91,7 +90,7 @@ def _rows(root: Path) -> Iterator[Row]:
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise DataError(f"{file} has no column {missing[0]}; set data.root to group_DRO's Waterbirds")
-    for line in reader:
+    for line in _lines(reader, file):
         where = f"{file}, line {reader.line_num}"
         numbers = (
             _number(line, name, below, where) for name, below in (("y", 2), ("split", 3), ("place", 2))
@@ -100,6 +99,15 @@ def _rows(root: Path) -> Iterator[Row]:
             raise DataError(f"{where}: {line['img_filename']} is named twice; remove one line")
         seen.add(line["img_filename"])
         yield Row(where, line["img_filename"], *numbers)
+
+
+def _lines(reader: csv.DictReader[str], file: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(
+            f"{file}, line {reader.line_num} is no CSV ({error}); unpack the data set again"
+        ) from None
 
 
 def _number(line: dict[str, str], column: str, below: int, where: str) -> int:

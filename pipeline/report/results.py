@@ -31,7 +31,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables: `student` is the method's own or, after a sweep, the best of its candidates."""
+    """A row of the tables: `student` is the method's own or, after a sweep, the best of its candidates.
+
+    While a sweep is not decided, `student` is empty and there are no runs: no candidate stands for the method.
+    """
 
     name: str
     student: str
@@ -61,13 +64,11 @@ class Results:
         return tuple(dict.fromkeys((*self.experiment.evaluate.splits, *((select,) if select else ()))))
 
     def missing(self) -> list[str]:
-        """`kd seed 1` for every run that is not finished."""
-        return [
-            f"{method.student} seed {seed}"
-            for method in self.all_methods
-            for seed, run in method.runs.items()
-            if not run.done
-        ]
+        """`kd seed 1` for every run that is not finished; of a sweep that is not decided those that decide it."""
+        first = self.experiment.seeds[0]
+        wanted = [(m.student, seed) for m in self.all_methods for seed in m.runs]
+        wanted += [(c.student, first) for m in self.all_methods if not m.student for c in m.candidates]
+        return [f"{name} seed {seed}" for name, seed in wanted if not Run(self.layout.run(name, seed)).done]
 
     def scores(self, method: str, split: str) -> dict[str, list[float]]:
         """Metric -> one value per seed that has it; a null in the file is a NaN."""
@@ -147,21 +148,14 @@ class Results:
 
 def methods(experiment: Experiment, layout: Layout) -> list[Method]:
     """In the config's order: each with its own student or, after a sweep, the chosen candidate."""
-    choices = sweep.chosen(experiment, layout)
+    choices, scores = sweep.chosen(experiment, layout), sweep.scores(experiment, layout)
     found = []
-    for method in sweep.methods(experiment):
-        choice = choices.get(method.name)
-        student = choice.student if choice else method.candidates[0]
-        found.append(_method(experiment, layout, method.name, student, choice.candidates if choice else {}))
+    for name, of_candidates in scores.items():
+        student = choices[name].student if name in choices else ""
+        runs = {seed: Run(layout.run(student, seed)) for seed in experiment.seeds} if student else {}
+        candidates = tuple(Candidate(*pair) for pair in of_candidates.items())
+        found.append(Method(name, student, candidates, frozenset(experiment.sweep.get(name, ())), runs))
     return found
-
-
-def _method(
-    experiment: Experiment, layout: Layout, name: str, student: str, scores: Mapping[str, float | None]
-) -> Method:
-    candidates = tuple(Candidate(candidate, score) for candidate, score in scores.items())
-    runs = {seed: Run(layout.run(student, seed)) for seed in experiment.seeds}
-    return Method(name, student, candidates, frozenset(experiment.sweep.get(name, ())), runs)
 
 
 def _score(result: Mapping[str, Any], split: str, metric: str) -> float | None:

@@ -194,8 +194,13 @@ def test_a_swept_student_that_is_there_already() -> None:
         parse({**SWEPT, "students": students})
 
 
-def test_bad_values_of_a_sweep_name_the_student() -> None:
-    with pytest.raises(
-        ConfigError, match=r"students\.kd,temperature=hot\.temperature: input should be a valid"
-    ):
-        parse({**SWEPT, "sweep": {"kd": {"temperature": ["hot"]}}})
+def test_a_bad_value_is_told_once_where_the_file_has_it() -> None:
+    sweep = {"e2kd": {"temperature": [-1, 5], "explanation_weight": [1, 2, "x"]}}
+    students = {"e2kd": {"epochs": 0}}
+    with pytest.raises(ConfigError) as caught:
+        parse({**SWEPT, "students": students, "sweep": sweep})
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  students.e2kd.epochs",
+        "  sweep.e2kd.temperature",
+        "  sweep.e2kd.explanation_weight",
+    ]

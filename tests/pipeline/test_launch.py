@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from artifacts.errors import ConfigError, ImageSetError
 from pipeline import precompute as module
 from pipeline.config import Experiment
-from pipeline.launch import Part
+from pipeline.launch import Part, start
 from pipeline.layout import Layout
 from pipeline.pack import pack
 from pipeline.progress import Quiet
@@ -68,6 +68,24 @@ def test_slurm_says_which_part_is_ours(
 ) -> None:
     slurm(**variables)
     assert Part.of(None, None) == part
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"STEP_ID": 0, "PROCID": 1, "NTASKS": 2},  # srun -n 2: tasks by themselves
+        {"PROCID": 0, "NTASKS": 3},  # the script of sbatch -n 3
+        {"PROCID": 0, "NTASKS": 1, "NTASKS_PER_NODE": 1, "NNODES": 1},
+    ],
+)
+def test_one_process_starts_inside_an_allocation(
+    slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch, variables: dict[str, int]
+) -> None:
+    """Fabric's own rules for SLURM refuse --ntasks, and are for processes that join each other."""
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    slurm(**variables)
+    fabric = start()
+    assert (fabric.world_size, fabric.global_rank) == (1, 0)
 
 
 def test_an_array_with_steps(slurm: Callable[..., None]) -> None:

@@ -22,8 +22,10 @@ from pipeline.config import Experiment, dump
 from pipeline.launch import Part
 from pipeline.layout import Layout
 from pipeline.progress import Quiet
+from pipeline.report.results import Results
+from pipeline.report.tables import candidate_table
 from pipeline.run import Run, locked
-from pipeline.sweep import Choice, Method, chosen, methods
+from pipeline.sweep import Choice, Method, chosen, methods, scores
 
 Tiny = Callable[..., Experiment]
 STUDENTS = {"ce": {"loss": "ce"}, "kd": {}, "e2kd": {"explanation_weight": 5}}
@@ -137,7 +139,7 @@ def test_an_undecided_sweep_asks_for_another_start(
     said = _distill(swept, tmp_path, fabric, [T1, T5], [3, 4], Part())
     assert trained == [(T1, 3), (T5, 3)]
     assert said == [
-        "the sweep of kd is not decided yet: run the same command again when the other runs are done"
+        "the sweep of kd is not decided yet: run the same command again when all its runs with seed 3 are done"
     ]
 
 
@@ -160,6 +162,44 @@ def test_a_sweep_that_no_score_decides_is_a_sentence(
     monkeypatch.setattr(stages, "distill", lambda *_: None)
     with pytest.raises(ConfigError, match=r"sweep\.kd: no run has f1 or accuracy or agreement on val"):
         _distill(swept, tmp_path, fabric, [T1, T5, T9], [3, 4], Part())
+
+
+def test_a_later_seed_alone_says_which_seed_decides(
+    swept: Experiment, tmp_path: Path, fabric: Fabric, trained: list[tuple[str, int]]
+) -> None:
+    said = _distill(swept, tmp_path, fabric, [T1, T5, T9], [4], Part())
+    assert trained == []
+    assert "when all its runs with seed 3 are done" in said[-1]
+
+
+@pytest.mark.parametrize("first", [T1, T5])
+def test_no_candidate_stands_for_a_sweep_that_is_not_decided(
+    swept: Experiment, tmp_path: Path, first: str
+) -> None:
+    """Neither in the report nor, where nothing else is finished, as a failure of the task that wrote none."""
+    layout = Layout(tmp_path)
+    _finish(layout, first, 3, accuracy=0.5)
+    results = Results(swept, layout)
+    assert results.methods == []
+    assert [each.student for each in results.all_methods] == ["ce", "", "e2kd"]
+    others = [name for name in (T1, T5, T9) if name != first]
+    assert [line for line in results.missing() if "kd," in line] == [f"{name} seed 3" for name in others]
+    table = candidate_table(results)
+    assert table is not None
+    assert {row[1].text: (row[2].text, row[3].text) for row in table.rows} == {
+        **{name.partition(",")[2]: ("not finished", "") for name in others},
+        first.partition(",")[2]: ("50.0", ""),
+    }
+
+
+def test_scores_are_of_the_first_seed(swept: Experiment, tmp_path: Path) -> None:
+    _finish(Layout(tmp_path), T5, 3, accuracy=0.5)
+    _finish(Layout(tmp_path), T1, 4, accuracy=0.9)
+    assert scores(swept, Layout(tmp_path)) == {
+        "ce": {"ce": None},
+        "kd": {T1: None, T5: 0.5, T9: None},
+        "e2kd": {"e2kd": None},
+    }
 
 
 def test_a_locked_run_is_left_to_its_owner(
@@ -257,6 +297,7 @@ def test_a_task_that_finds_nothing_to_do_ends_well(
 ) -> None:
     experiment = experiment_of(students={"kd": {}}, sweep={"kd": {"temperature": [1, 5]}}, seeds=[0, 1])
     line = ["distill", str(_config(experiment, prepared.root.parent)), "--out", str(prepared.root)]
+    _finish(prepared, T5, 1, accuracy=0.5)  # finished, but no row of a report yet
     with Run(prepared.run(T5, 0)).lock(fabric):
         assert run_guarded(lambda: app([*line, "--rank", "1", "--world", "2"])) == 0
     said = capsys.readouterr()

@@ -287,6 +287,8 @@ def test_an_unreadable_image(tmp_path: Path) -> None:
     [
         ({"label": 0}, "has no file_name"),
         ({"file_name": "../a.png", "label": 0}, "not a file below"),
+        ({"file_name": "a\0.png", "label": 0}, "which no file can be called"),
+        ({"file_name": "\ud800.png", "label": 0}, "which no file can be called"),
         (
             {"file_name": "a.png", "text": "a cat"},
             r"has no 'label'; set data\.label to one of file_name, text, or to null",
@@ -328,9 +330,10 @@ def test_text_may_have_line_separators(tmp_path: Path) -> None:
 
 
 def test_no_json(tmp_path: Path) -> None:
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n\n{\n')
-    with pytest.raises(DataError, match=r"metadata\.jsonl, line 3 is no JSON"):
-        open_source(data(tmp_path), "train")
+    for line in ("{", "[" * 100_000):
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n\n' + line + "\n")
+        with pytest.raises(DataError, match=r"metadata\.jsonl, line 3 is no JSON"):
+            open_source(data(tmp_path), "train")
 
 
 def test_an_image_named_twice(tmp_path: Path) -> None:

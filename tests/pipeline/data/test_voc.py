@@ -207,6 +207,23 @@ def test_no_object(base: Path) -> None:
         sole(base)
 
 
+def test_an_image_listed_twice(base: Path) -> None:
+    (base / "ImageSets/Main/test.txt").write_text("000003\n000001\n000003\n")
+    with pytest.raises(DataError, match=r"test\.txt names 000003 twice"):
+        open_source(data(base), "test")
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_an_image_of_another_size_than_annotated(base: Path, turned: bool) -> None:
+    """Boxes of another size's, or of the image before its EXIF turned it upright, would lie elsewhere in silence."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = base / "JPEGImages/000003.jpg"
+    Image.new("RGB", (40, 30) if turned else (30, 40)).save(file, **({"exif": exif} if turned else {}))
+    with pytest.raises(DataError, match=r"000003\.jpg has 30 x 40 px, its annotation says 40 x 30"):
+        open_source(data(base), "test").raw(0)
+
+
 def test_no_size(base: Path) -> None:
     (base / "Annotations/000003.xml").write_text(f"<annotation>{thing('dog', 1, 1, 9, 9)}</annotation>")
     with pytest.raises(DataError, match=r"000003\.xml: size/width is '', not a number"):

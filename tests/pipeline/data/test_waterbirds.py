@@ -107,6 +107,18 @@ def test_the_birds_box_is_cubs_whatever_the_view(root: Path) -> None:
         assert raw.boxes.tolist() == [[raw.label, 10, 4, 30, 16]]
 
 
+def test_a_mask_is_compared_with_the_upright_image(root: Path) -> None:
+    """40 x 30 px, to be turned by 90 degrees: the mask of 40 x 30 px does not lie on its 30 x 40."""
+    segment(root, root.parent)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(root / name_of(0, 0, 0), exif=turned)
+    source = open_source(with_cub(root), "train")
+    row = next(row for row in range(4) if source.key(row).startswith("001_Bird--Bird_00"))
+    with pytest.raises(DataError, match=r"Bird_00\.png has 40 x 30 px, its image 30 x 40"):
+        source.raw(row)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_segmentations_in_cub_or_beside_it(root: Path, inside: bool) -> None:
     segment(root, root.parent / "CUB_200_2011" if inside else root.parent)
@@ -163,6 +175,12 @@ def test_a_number_out_of_range(root: Path, line: str, message: str) -> None:
     write(root, [line])
     with pytest.raises(DataError, match=message):
         open_source(data(root), "train")
+
+
+def test_a_quote_that_is_never_closed(root: Path) -> None:
+    write(root, ['1,"a.jpg,0,0,0,p'] + ["2,b.jpg,0,0,0," + "p" * 1000] * 150)
+    with pytest.raises(DataError, match=r"metadata\.csv, line \d+ is no CSV \(field larger"):
+        split_names(data(root))
 
 
 def test_an_image_named_twice(root: Path) -> None:

@@ -237,6 +237,7 @@ def test_a_compressed_tar(tmp_path: Path) -> None:
         ({"x.png": b"", "x.cls": b"-1"}, r"a\.tar, x\.cls: the label '-1' is not a class index"),
         ({"x.png": b"", "x.cls": b"cat"}, r"a\.tar, x\.cls: the label 'cat'"),
         ({"x.png": b"", "x.json": b"{"}, r"a\.tar, x\.json is no JSON"),
+        ({"x.png": b"", "x.json": b"[" * 100_000}, r"a\.tar, x\.json is no JSON"),
         ({"x.png": b"", "x.json": b"[1]"}, r"a\.tar, x\.json is no JSON object"),
         ({"x.png": b"", "x.json": about(label="cat")}, r"a\.tar, x\.json: the label 'cat'"),
         ({"x.png": b"", "x.json": about(label=True)}, r"a\.tar, x\.json: the label True"),
@@ -246,8 +247,11 @@ def test_a_compressed_tar(tmp_path: Path) -> None:
         ({"x.png": b"", "x.json": about(label=0, boxes=[[0, 1, 2, 3]])}, r"a\.tar, x\.json: boxes are no"),
         ({"x.png": b"", "x.json": about(label=0, boxes=[[0, 5, 2, 3, 9]])}, "a box is empty"),
         ({"x.png": b"", "x.json": about(label=0, boxes=[[0.5, 1, 2, 3, 9]])}, "its class is no integer"),
+        ({"x.png": b"", "x.json": about(label=0, boxes=[[0, 1, 2, 3, 1e300]])}, "boxes are no list"),
+        ({"x.png": b"", "x.json": about(label=0, boxes=[[3e38, 1, 2, 3, 4]])}, "boxes are no list"),
         ({"x.png": b"", "x.json": about(label=0, boxes=[[7, 1, 2, 3, 9]])}, "class 7 is out of range"),
         ({"x.cls": b"1"}, r"a\.tar: the sample x has no image"),
+        ({"x.png": b"", "./x.png": b""}, r"a\.tar has two samples x, not beside each other"),
         ([("x.png", b""), ("x.png", b"")], r"a\.tar, x\.png: the sample has two files \.png"),
         (
             [("x.png", b""), ("y.png", b""), ("x.png", b"")],
@@ -274,6 +278,15 @@ def test_a_label_beyond_reason_makes_no_billion_classes(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {"x.png": image(), "x.cls": b"999999999"})
     with pytest.raises(DataError, match="class 999999999 is out of range"):
         open_source(data(tmp_path), "train")
+
+
+def test_val_per_class_without_train(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"x.png": image(), "x.cls": b"1"})
+    config = data(tmp_path, shards={"test": "a.tar"}, val_per_class=1)
+    with pytest.raises(
+        ConfigError, match=r"data\.val_per_class: .* has no train to hold images out of, only test"
+    ):
+        open_source(config, "train")
 
 
 def test_an_unreadable_image(tmp_path: Path) -> None:
