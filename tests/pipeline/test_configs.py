@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning_fabric import Fabric
 from PIL import Image
 
@@ -141,6 +142,8 @@ def settings(config: str, datasets: Path, weights: Path) -> list[str]:
     found = ["sweep={}", "seeds=[0]", "store.batch_size=4", "evaluate.batch_size=4"]
     for section in ("train", "teacher.train") if load(ROOT / config).teacher.train else ("train",):
         found += [f"{section}.{key}" for key in ("epochs=1", "batch_size=4", "workers=0", "validate_every=1")]
+    for name, own in yaml.safe_load((ROOT / config).read_text())["students"].items():
+        found += [f"students.{name}.{key}=1" for key in ("epochs", "validate_every") if key in (own or {})]
     if source.startswith("toy"):
         return [*found, "data.limit=8", *([] if source == "toybirds" else ["data.train_per_class=1"])]
     found += ["view={size: 32}", f"data.root={datasets / source}", "data.limit=8"]
