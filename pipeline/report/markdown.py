@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pipeline.report.document import Block, Cell, Document, Facts, Heading, Picture, Row, Table, Text
@@ -55,7 +56,6 @@ _SPECIAL = str.maketrans(
         ">": "&gt;",
         "|": "\\|",
         "*": "\\*",
-        "_": "\\_",
         "[": "\\[",
         "]": "\\]",
         "`": "\\`",
@@ -64,7 +64,11 @@ _SPECIAL = str.maketrans(
 )
 
 
+_EMPHASIS = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""Underscores that are not inside a word."""
+
+
 def _safe(text: str) -> str:
     """Names of users' classes and folders are shown as they are, and format nothing. Brackets of numbers stay."""
-    escaped = text.translate(_SPECIAL)
+    escaped = _EMPHASIS.sub(r"\\_", text.translate(_SPECIAL))
     return escaped.replace("\\[", "[").replace("\\]", "]") if "](" not in text else escaped

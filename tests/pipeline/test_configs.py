@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline import paper
 from pipeline.config import Experiment, load
+from pipeline.data.voc import CLASSES as VOC
 from pipeline.layout import Layout
 from pipeline.models import build, save_weights
 from pipeline.progress import Quiet
@@ -25,23 +26,6 @@ from pipeline.stages import distill_all
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
-VOC = [
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-]
 
 
 def picture(path: Path, seed: int, size: int = 40) -> None:
