@@ -43,9 +43,9 @@ def precompute(root: Path, fabric: Fabric, changes: dict[str, Any], part: Part, 
     """`e2kd precompute`, which tells the row ranges that the teacher is asked for."""
     real = module._ask
 
-    def told(explainer: Any, pixels: Any, rows: range, device: Any) -> Any:
+    def told(explainer: Any, pixels: Any, rows: range, *more: Any) -> Any:
         asked(rows)
-        return real(explainer, pixels, rows, device)
+        return real(explainer, pixels, rows, *more)
 
     module._ask = told
     experiment: Experiment = tiny(**changes)
