@@ -18,16 +18,18 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 @dataclass(frozen=True)
 class CanonicalView:
     """Shorter side to `resize` px (antialiased), then the centre `size` x `size`: as torchvision's
-    Resize + CenterCrop on PIL images. An image that already has the size stays as it is.
+    Resize + CenterCrop on PIL images. `squash`: both sides to `resize` px, as its Resize((resize, resize)).
+    An image that already has the size stays as it is.
     """
 
     size: int
     resize: int
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    crop: Literal["centre", "squash"] = "centre"
 
     @classmethod
     def of(cls, config: ViewConfig) -> CanonicalView:
-        return cls(config.size, config.resize or config.size, config.interpolation)
+        return cls(config.size, config.resize or config.size, config.interpolation, config.crop)
 
     def describe(self) -> dict[str, Any]:
         """For the index and the fingerprint: everything that changes the pixels."""
@@ -36,7 +38,7 @@ class CanonicalView:
             "resize": self.resize,
             "interpolation": self.interpolation,
             "antialias": True,
-            "crop": "centre",
+            "crop": self.crop,
         }
 
     def apply(self, raw: RawSample) -> Sample:
@@ -73,6 +75,8 @@ class CanonicalView:
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         width, height = size
+        if self.crop == "squash":
+            return self.resize, self.resize
         short = min(width, height)
         return int(self.resize * width / short), int(self.resize * height / short)
 

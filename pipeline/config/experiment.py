@@ -12,11 +12,15 @@ from pipeline.config.training import AugmentConfig, Score, StudentConfig, Teache
 
 
 class ViewConfig(Settings):
-    """The canonical view: shorter side resized to `resize` (default: `size`), then the centre `size` x `size` px."""
+    """The canonical view: resized to `resize` (default: `size`), then the centre `size` x `size` px."""
 
     size: Annotated[int, Field(ge=8, le=1024)]
     resize: Annotated[int, Field(ge=8, le=2048)] | None = None
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    crop: Literal["centre", "squash"] = Field(
+        "centre",
+        description="what `resize` is: of the shorter side; squash: of both, so that nothing but the margin is lost",
+    )
 
     @model_validator(mode="after")
     def _crop_fits(self) -> ViewConfig:

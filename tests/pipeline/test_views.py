@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -72,10 +73,15 @@ def test_downsampling_is_antialiased() -> None:
     st.tuples(st.integers(16, 40), st.integers(0, 20)),
     st.tuples(st.floats(0, 0.6), st.floats(0, 0.6)),
     st.tuples(st.floats(0.25, 0.4), st.floats(0.25, 0.4)),
+    st.sampled_from(["centre", "squash"]),
 )
 @settings(max_examples=50, deadline=None)
 def test_boxes_and_mask_follow_the_image(
-    sides: tuple[int, int], view: tuple[int, int], at: tuple[float, float], extent: tuple[float, float]
+    sides: tuple[int, int],
+    view: tuple[int, int],
+    at: tuple[float, float],
+    extent: tuple[float, float],
+    crop: Literal["centre", "squash"],
 ) -> None:
     """A filled box in the image, as its mask and as its box are in the same place afterwards."""
     size = np.array(sides)
@@ -83,7 +89,9 @@ def test_boxes_and_mask_follow_the_image(
     image = Image.new("RGB", sides)
     image.paste((255, 255, 255), tuple(corners.tolist()))
     boxes = np.array([[3, *corners]], np.float32)
-    canonical = CanonicalView.of(ViewConfig(size=view[0], resize=view[0] + view[1], interpolation="bilinear"))
+    side, margin = view
+    config = ViewConfig(size=side, resize=side + margin, interpolation="bilinear", crop=crop)
+    canonical = CanonicalView.of(config)
     sample = canonical.apply(RawSample("a", image, boxes=boxes, mask=image.convert("L")))
     assert sample.mask is not None
     assert sample.boxes is not None
@@ -107,6 +115,18 @@ def test_boxes_are_clipped_and_empty_ones_dropped() -> None:
     assert sample.boxes.tolist() == [[0, 0, 5, 50, 25], [2, 0, 0, 5, 50]]
 
 
+def test_squashed_nothing_is_lost_but_the_margin() -> None:
+    boxes = np.array([[0, 0, 0, 200, 100], [1, 20, 10, 120, 60]], np.float32)
+    raw = RawSample("a", coordinate_image(200, 100), boxes=boxes)
+    sample = CanonicalView.of(ViewConfig(size=50, crop="squash")).apply(raw)
+    assert sample.boxes is not None
+    assert sample.boxes.tolist() == [[0, 0, 0, 50, 50], [1, 5, 5, 30, 30]]
+    expected = raw.image.resize((50, 50), Image.Resampling.BICUBIC)  # as torchvision's Resize((50, 50))
+    assert np.array_equal(sample.image.transpose(1, 2, 0), np.asarray(expected))
+    inner = CanonicalView.of(ViewConfig(size=40, resize=50, crop="squash")).apply(raw)
+    assert np.array_equal(inner.image, sample.image[:, 5:45, 5:45])
+
+
 def test_no_boxes_are_not_the_same_as_no_box_left() -> None:
     view = CanonicalView.of(ViewConfig(size=50))
     image = Image.new("RGB", (200, 100))
@@ -121,7 +141,8 @@ def test_describe_is_json_and_tells_views_apart() -> None:
         ViewConfig(size=48),
         ViewConfig(size=48, resize=56),
         ViewConfig(size=48, interpolation="bilinear"),
+        ViewConfig(size=48, crop="squash"),
     ]
     told = {json.dumps(CanonicalView.of(config).describe()) for config in configs}
-    assert len(told) == 3
+    assert len(told) == 4
     assert CanonicalView.of(ViewConfig(size=48)) == CanonicalView.of(ViewConfig(size=48, resize=48))
