@@ -48,7 +48,14 @@ class Files(Source):
     train_per_class: Positive | None = Field(
         None, description="few-shot: pack only this many of each class of train, val already held out"
     )
-    split_seed: Natural = Field(42, description="decides the order of the rows")
+    split_seed: Natural = Field(
+        42, description="decides the order of the rows, and which images are held out"
+    )
+    split_rule: Literal["hash", "authors"] = Field(
+        "hash",
+        description="which images of a class val_per_class and train_per_class take: the first in the order of the "
+        "rows, or those that the authors' code takes (split_seed 42)",
+    )
     on_bad_image: Literal["stop", "skip"] = Field(
         "stop", description="skip: leave unreadable images out and say which; one more pass over the files"
     )

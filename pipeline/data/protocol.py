@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import posixpath
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,31 +70,77 @@ def _cut(entries: list[Entry], data: Files, split: str, classes: Sequence[str]) 
         return entries
     if isinstance(data, Folder) and "val" not in published.split_names(data) and data.val_per_class is None:
         entries = pick(entries, data, split)
-    if split == "val":
-        return _per_class(entries, 0, data.val_per_class, data, "val_per_class", classes)
-    return _per_class(
-        entries, data.val_per_class or 0, data.train_per_class, data, "train_per_class", classes
-    )
-
-
-def _per_class(
-    entries: list[Entry], skip: int, count: int | None, data: Files, key: str, classes: Sequence[str]
-) -> list[Entry]:
-    """Images number skip .. skip + count of each class (count None: all from skip on)."""
-    if not skip and count is None:
+    held_out, shots, in_val = data.val_per_class or 0, data.train_per_class, split == "val"
+    if not held_out and (in_val or shots is None):
         return entries
+    labels = _one_label_each(entries, "val_per_class" if held_out else "train_per_class")
+    _check_enough(Counter(labels), held_out + (0 if in_val else shots or 1), data, classes)
+    rule = _as_the_authors if data.split_rule == "authors" else _first_of_each_class
+    val = rule(entries, labels, held_out, data.split_seed)
+    if in_val:
+        return [entries[place] for place in sorted(val)]
+    rest = sorted(set(range(len(entries))) - val)
+    if shots is None:
+        return [entries[place] for place in rest]
+    entries, labels = [entries[place] for place in rest], [labels[place] for place in rest]
+    return [entries[place] for place in sorted(rule(entries, labels, shots, data.split_seed))]
+
+
+def _first_of_each_class(entries: Sequence[Entry], labels: Sequence[int], count: int, seed: int) -> set[int]:
+    """Places of the first `count` of each class."""
     seen: Counter[int] = Counter()
-    kept = []
+    places = set()
+    for place, label in enumerate(labels):
+        seen[label] += 1
+        if seen[label] <= count:
+            places.add(place)
+    return places
+
+
+def _as_the_authors(entries: Sequence[Entry], labels: Sequence[int], count: int, seed: int) -> set[int]:
+    """Places of the images that e2KD's released code takes (its `find_fewshot_indices`, from Big Transfer).
+
+    Of the images in the order of torchvision's ImageFolder, shuffled by a torch DataLoader after `manual_seed(seed)`:
+    the last `count` of each class, seen until every class has as many.
+    """
+    if not count:
+        return set()
+    by_folder = sorted(
+        range(len(entries)), key=lambda place: (labels[place], *posixpath.split(entries[place].id))
+    )
+    latest: dict[int, deque[int]] = {label: deque(maxlen=count) for label in labels}
+    missing = count * len(latest)
+    for index in _loader_order(len(entries), seed):
+        place = by_folder[index]
+        kept = latest[labels[place]]
+        missing -= len(kept) < count
+        kept.append(place)
+        if not missing:
+            break
+    return {place for kept in latest.values() for place in kept}
+
+
+def _loader_order(count: int, seed: int) -> list[int]:
+    """The order in which `DataLoader(..., shuffle=True)` visits `count` samples after `torch.manual_seed(seed)`."""
+    import torch  # only here: `e2kd pack` does not need it otherwise
+
+    draws = torch.Generator().manual_seed(seed)
+
+    def draw() -> int:
+        return int(torch.empty((), dtype=torch.int64).random_(generator=draws))
+
+    draw()  # the loader's own seed; its sampler's is the next
+    return torch.randperm(count, generator=torch.Generator().manual_seed(draw())).tolist()
+
+
+def _one_label_each(entries: Sequence[Entry], key: str) -> list[int]:
+    labels = []
     for entry in entries:
         if not isinstance(entry.label, int):
             said = "no label" if entry.label is None else f"the labels {list(entry.label)}"
-            key = "val_per_class" if skip else key
             raise ConfigError(f"data.{key} needs one label an image, but {entry.id} has {said}; remove it")
-        seen[entry.label] += 1
-        if seen[entry.label] > skip and (count is None or seen[entry.label] <= skip + count):
-            kept.append(entry)
-    _check_enough(seen, skip + (1 if count is None else count), data, classes)
-    return kept
+        labels.append(entry.label)
+    return labels
 
 
 def _check_enough(seen: Counter[int], wanted: int, data: Files, classes: Sequence[str]) -> None:

@@ -7,7 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from artifacts.errors import ConfigError, DataError
 from pipeline.config import Files, Folder, ImageNet
@@ -88,6 +91,55 @@ def test_few_shots_follow_the_held_out_images(root: Path) -> None:
     more = imagenet(root, val_per_class=2, train_per_class=5)
     assert set(keys(data, "train")) < set(keys(more, "train"))
     assert keys(data, "val") == keys(more, "val")
+
+
+class TwelveOfFive(TensorDataset):
+    """(index, label) of 60 images in ImageFolder's order: what a real DataLoader shuffles in the test below."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.arange(60), torch.arange(60) // 12)
+
+
+def last_seen(samples: Subset[tuple[Tensor, ...]] | TwelveOfFive, count: int, seed: int) -> set[int]:
+    """e2KD's rule by torch's own loader: the last `count` of each class until each of the five has as many."""
+    torch.manual_seed(seed)
+    latest: dict[int, list[int]] = {label: [] for label in range(5)}
+    for images, labels in DataLoader(samples, batch_size=7, shuffle=True):
+        for image, label in zip(images.tolist(), labels.tolist(), strict=True):
+            latest[label] = [*latest[label], image][-count:]
+            if all(len(kept) == count for kept in latest.values()):
+                return {image for kept in latest.values() for image in kept}
+    raise AssertionError("too few images")
+
+
+@pytest.mark.parametrize("seed", [42, 7])
+def test_the_authors_rule_takes_the_images_that_torchs_loader_shows_last(tmp_path: Path, seed: int) -> None:
+    names = [f"n{number // 12}/{number % 12:02d}.jpg" for number in range(60)]
+    for name in names:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name)
+    samples = TwelveOfFive()
+    held_out = last_seen(samples, 3, seed)
+    rest = Subset(samples, sorted(set(range(60)) - held_out))
+    data = imagenet(
+        tmp_path,
+        split_rule="authors",
+        split_seed=seed,
+        val_per_class=3,
+        train_per_class=2,
+        on_bad_image="stop",
+    )
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "n0").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "n0" / "a.jpg")
+    for split, chosen in (("val", held_out), ("train", last_seen(rest, 2, seed))):
+        source = open_source(data, split)
+        found = {source.raw(row).source for row in range(len(source))}
+        assert found == {f"train/{names[image]}" for image in chosen}, split
+    shots = {key for key in keys(data, "train")}
+    whole = set(keys(data.model_copy(update={"train_per_class": None}), "train"))
+    assert shots < whole
+    assert len(whole) == 60 - 15
 
 
 def test_another_seed_chooses_other_images(root: Path) -> None:
