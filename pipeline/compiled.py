@@ -43,35 +43,38 @@ class StepLosses:
     ) -> dict[str, Tensor]:
         """`student` is an explainer, bare or wrapped; with `beside` a `methods.WithPrior`.
 
-        {"logit_loss"}, with `explain` {"explanation_loss", "valid_maps", "map_norm"}, with `beside` {"prior_loss"} too:
-        float scalars.
+        {"logit_loss"}, with a label weight {"label_loss"}, with `explain` {"explanation_loss", "valid_maps",
+        "map_norm"}, with `beside` {"prior_loss"} too: float scalars.
         """
         more = {} if beside is None else {"beside": beside}
         if not explain:
             explained = student(images, explain=False, **more)
-            return {"logit_loss": self._of_logits(explained.logits, labels, teacher)} | _prior(
-                explained, beside
-            )
+            return self._of_logits(explained.logits, labels, teacher) | _prior(explained, beside)
         assert teacher is not None
         explained = student(images, teacher.classes, differentiable=True, **more)
         maps = explained.maps
         if maps.shape[-2:] != teacher.maps.shape[-2:]:  # compare_at: input
             maps = resample(maps, (teacher.maps.shape[-2], teacher.maps.shape[-1]))
         distance, valid = losses.explanation_loss(maps, teacher.maps)
-        return {
-            "logit_loss": self._of_logits(explained.logits, labels, teacher),
+        found = self._of_logits(explained.logits, labels, teacher)
+        found |= {
             "explanation_loss": distance,
             "valid_maps": valid,
             "map_norm": explained.maps.detach().flatten(1).norm(dim=1).mean(),
-        } | _prior(explained, beside)
+        }
+        return found | _prior(explained, beside)
 
-    def _of_logits(self, logits: Tensor, labels: Tensor, teacher: Targets | None) -> Tensor:
-        if self.settings.loss in ("ce", "bce"):
-            return losses.label_loss(self.settings.loss, logits, labels)
+    def _of_logits(self, logits: Tensor, labels: Tensor, teacher: Targets | None) -> dict[str, Tensor]:
+        settings = self.settings
+        of_labels = {}
+        if settings.label_loss is not None:
+            of_labels = {"label_loss": losses.label_loss(settings.label_loss, logits, labels)}
+        if settings.loss in ("ce", "bce"):
+            return {"logit_loss": of_labels["label_loss"]}
         assert teacher is not None
-        if self.settings.loss == "l2d":
-            return losses.multilabel_kd_loss(logits, teacher.logits)
-        return losses.kd_loss(logits, teacher.logits, self.settings.temperature)
+        if settings.loss == "l2d":
+            return {"logit_loss": losses.multilabel_kd_loss(logits, teacher.logits)} | of_labels
+        return {"logit_loss": losses.kd_loss(logits, teacher.logits, settings.temperature)} | of_labels
 
 
 def _prior(explained: Any, beside: Beside | None) -> dict[str, Tensor]:
@@ -127,7 +130,7 @@ class CompiledLosses:
             try:
                 with self.fabric.autocast():
                     found = self._compiled[explain](self.explainer, images, labels, teacher, explain)
-                total = found["logit_loss"] + found.get("explanation_loss", 0.0)
+                total = [value for name, value in found.items() if name.endswith("_loss")]
                 torch.autograd.grad(total, parameters, allow_unused=True)
             except Exception as error:  # whatever a compiler raises, training must go on
                 reason = " ".join(str(error).split()) or type(error).__name__

@@ -39,7 +39,7 @@ from pipeline.warp import resample
 
 @dataclass(frozen=True)
 class StudentStep:
-    """One training step's loss: L = L_KD + lambda * L_exp (paper Eq. 2), or L_KD replaced by a loss on labels.
+    """One training step's loss: L = L_KD + lambda * L_exp (paper Eq. 2), a loss on labels in L_KD's place or beside it.
 
     `teacher` is the online explainer, or None for frozen targets (paper Sec. 3.3). `explained` is the config's section
     `explain`, which says what an online teacher explains; `classes` is C.
@@ -71,9 +71,11 @@ class StudentStep:
             targets, seen = self._ask(self.teacher, images, share, explain)
             more = {} if seen is None else {"beside": Beside(seen, batch.rows, epoch)}
         found = (self.compiled or StepLosses(settings))(student, images, labels, targets, explain, **more)
-        total = found["logit_loss"] + found.get("prior_loss", 0.0)
+        total = settings.kd_weight * found["logit_loss"] + found.get("prior_loss", 0.0)
+        if "label_loss" in found:
+            total = total + settings.label_weight * found["label_loss"]
         if not explain:
-            return {"loss": total, **({} if self.prior is None else found)}
+            return {"loss": total, **(found if len(found) > 1 else {})}
         explanation_loss = found["explanation_loss"] * share_of_valid(self.fabric, found["valid_maps"])
         total = total + settings.explanation_weight * explanation_loss
         return {"loss": total, **found, "explanation_loss": explanation_loss}
@@ -83,8 +85,8 @@ class StudentStep:
     ) -> tuple[Tensor, Tensor, Targets | None]:
         """mixup: an online teacher sees the mixed images; frozen targets are mixed as the images are."""
         share = mixup_share(self.settings.mixup, self.augment.seed, epoch, step)
-        if self.settings.loss in ("ce", "bce"):
-            labels = mixed(losses.label_targets(self.settings.loss, labels, self.classes), share)
+        if self.settings.label_loss is not None:
+            labels = mixed(losses.label_targets(self.settings.label_loss, labels, self.classes), share)
         return mixed(images, share), labels, targets and mixed_targets(targets, share)
 
     def _ask(
@@ -177,15 +179,15 @@ def distill(
 
 
 def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStore, name: str) -> PairedRows:
-    by_labels = settings.loss in ("ce", "bce")
+    by_labels = settings.label_loss
     if any(label is None for label in images.labels) and (by_labels or settings.shots):
         raise ConfigError(
-            f"student {name} needs labels ({f'loss: {settings.loss}' if by_labels else 'shots'}), "
-            f"but {images.place} has unlabelled images; use loss: kd without shots, or labelled data"
+            f"student {name} needs labels ({f'for the loss {by_labels}' if by_labels else 'shots'}), "
+            f"but {images.place} has unlabelled images; use loss: kd without shots or label_weight, or labelled data"
         )
-    if any(isinstance(label, tuple) for label in images.labels) and (settings.loss == "ce" or settings.shots):
+    if any(isinstance(label, tuple) for label in images.labels) and (by_labels == "ce" or settings.shots):
         raise ConfigError(
-            f"student {name} ({'loss: ce' if settings.loss == 'ce' else 'shots'}) needs one label an image, but "
+            f"student {name} ({'for the loss ce' if by_labels == 'ce' else 'shots'}) needs one label an image, but "
             f"{images.place} has lists of them; use loss: bce or l2d, and rows instead of shots"
         )
     rows = select_rows(images.labels, settings.rows, settings.shots)

@@ -169,6 +169,12 @@ class StudentConfig(Schedule, ModelConfig):
         description="ce: labels; bce: labels, for B-cos and several labels an image; kd: the teacher's logits (Eq. 1); "
         "l2d: the teacher's logits, class by class (several labels an image)",
     )
+    kd_weight: NonNegative = Field(
+        1.0, description="weight of the teacher's logits in the loss; kd and l2d only (Eq. 2: 1)"
+    )
+    label_weight: NonNegative = Field(
+        0.0, description="adds the labels' loss, cross-entropy beside kd, bce beside l2d (the paper: none)"
+    )
     prior: PriorConfig | None = Field(None, description="a feature-based method; needs mode: online")
     mixup: NonNegative = Field(
         0.0, description="alpha of mixup's Beta(alpha, alpha), with the next sample of the batch; 0: none"
@@ -190,6 +196,24 @@ class StudentConfig(Schedule, ModelConfig):
         if self.prior is not None and self.mode == "frozen":
             raise ValueError("prior methods compare features, which no store holds: set mode to online")
         return self
+
+    @model_validator(mode="after")
+    def _weights_are_of_two_losses(self) -> StudentConfig:
+        if self.loss in ("ce", "bce") and (self.kd_weight != 1 or self.label_weight != 0):
+            raise ValueError(
+                f"kd_weight and label_weight weigh the teacher's logits and the labels against each other; loss: "
+                f"{self.loss} has labels only. Remove them, or set loss to kd or l2d"
+            )
+        return self
+
+    @property
+    def label_loss(self) -> Literal["ce", "bce"] | None:
+        """The loss on labels, alone or beside the teacher's logits."""
+        if self.loss == "ce" or self.loss == "bce":
+            return self.loss
+        if self.label_weight == 0:
+            return None
+        return "ce" if self.loss == "kd" else "bce"
 
     @property
     def needs_teacher(self) -> bool:

@@ -68,9 +68,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], within: f
 
 
 def compiled(
-    explainer: nn.Module, fabric: Fabric, said: list[str], backend: Any = "aot_eager"
+    explainer: nn.Module, fabric: Fabric, said: list[str], backend: Any = "aot_eager", **changes: Any
 ) -> CompiledLosses:
-    losses = StepLosses(settings("bcos/small" if explainer.channels == 6 else "toy/resnet"))
+    losses = StepLosses(settings("bcos/small" if explainer.channels == 6 else "toy/resnet", **changes))
     return CompiledLosses(losses, explainer, fabric, said.append, backend=backend)
 
 
@@ -87,6 +87,16 @@ def check(model: str, logit: str, explain: bool, fabric: Fabric, backend: str) -
     assert_same(
         result(step, explainer, other, explain), result(step.eager, twin, other, explain), within=1e-4
     )
+
+
+def test_labels_beside_the_teacher_compile_too(fabric: Fabric) -> None:
+    explainer, said = student("toy/resnet"), []
+    twin, data = copy.deepcopy(explainer), batch(explainer)
+    step = compiled(explainer, fabric, said, label_weight=0.5)
+    found, expected = result(step, explainer, data), result(step.eager, twin, data)
+    assert step.serves, said
+    assert "label_loss" in found
+    assert_same(found, expected, within=1e-4)
 
 
 @pytest.mark.parametrize(

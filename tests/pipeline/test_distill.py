@@ -85,6 +85,31 @@ def test_frozen_e2kd_with_lambda_0_is_kd(prepared: Layout, fabric: Fabric, exper
     assert all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a)
 
 
+@pytest.mark.parametrize("loss", ["kd", "l2d"])
+def test_the_labels_loss_beside_the_teachers(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny, loss: str
+) -> None:
+    """L = kd_weight L_KD + label_weight L_labels + lambda L_exp, logged term by term."""
+    weighed = {"loss": loss, "kd_weight": 0.5, "label_weight": 0.25, "explanation_weight": 2}
+    experiment = experiment_of(students={"both": weighed})
+    result = _train(experiment, prepared, fabric, "both")
+    assert result["splits"]
+    for line in Run(prepared.run("both", 0)).history():
+        terms = 0.5 * line["logit_loss"] + 0.25 * line["label_loss"] + 2 * line["explanation_loss"]
+        assert line["loss"] == pytest.approx(terms, rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", ["kd_weight", "label_weight"])
+def test_there_is_nothing_to_weigh_without_a_teachers_logits(experiment_of: Tiny, weight: str) -> None:
+    with pytest.raises(ConfigError, match=r"loss: ce has labels only. Remove them, or set loss"):
+        experiment_of(students={"ce": {"loss": "ce", weight: 0.5}})
+
+
+def test_mixed_labels_beside_frozen_targets(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
+    experiment = experiment_of(students={"both": {"label_weight": 1, "mixup": 1, "explanation_weight": 2}})
+    assert _train(experiment, prepared, fabric, "both")["splits"]
+
+
 def test_a_diverging_run_names_the_step(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
     with pytest.raises(Exception, match=r"not finite at step \d+ \(epoch \d\)"):
         _train(experiment_of(train__lr=1e30), prepared, fabric, "kd-frozen")
