@@ -29,6 +29,7 @@ from pipeline.models import Explainable, build
 from pipeline.models.sync_norm import convert
 from pipeline.precompute import open_matching_store
 from pipeline.progress import Progress
+from pipeline.rand_augment import rand_augment
 from pipeline.run import Run
 from pipeline.student import evaluate_student, score_student, scored_rows
 from pipeline.targets import class_share, drawn, drawn_targets, mixed, mixed_targets, positive_classes
@@ -57,11 +58,14 @@ class StudentStep:
     def __call__(self, student: nn.Module, batch: Batch, epoch: int, step: int = 0) -> dict[str, Tensor]:
         settings = self.settings
         explain = settings.explanation_weight > 0 and step % settings.explain_every == 0
-        share = class_share(self.augment.seed, epoch, self.augment.identities(batch.rows))
+        seed, ids = self.augment.seed, self.augment.identities(batch.rows)
+        share = class_share(seed, epoch, ids)
         stored = None if batch.teacher is None else drawn_targets(batch.teacher, share)
         images, maps, _ = self.augment(
             batch.images, stored.maps if stored and explain else None, batch.rows, epoch
         )
+        if settings.rand_augment is not None:
+            images = rand_augment(images, settings.rand_augment, seed, epoch, ids)
         targets = stored if stored is None or maps is None else stored._replace(maps=maps)
         labels = batch.labels
         if settings.mixup:

@@ -21,6 +21,8 @@ _ORDER_COLUMN = 2**32
 CLASS_COLUMN = 2**33
 """Which of its explained classes a sample's step is about."""
 _MIXUP_COLUMN = 2**34
+RAND_AUGMENT_COLUMN = 2**35
+"""A sample's RandAugment."""
 
 
 def key_ids(keys: Sequence[str]) -> Ids:

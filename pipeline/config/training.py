@@ -179,6 +179,9 @@ class StudentConfig(Schedule, ModelConfig):
     mixup: NonNegative = Field(
         0.0, description="alpha of mixup's Beta(alpha, alpha), with the next sample of the batch; 0: none"
     )
+    rand_augment: Annotated[int, Field(ge=0, le=30)] | None = Field(
+        None, description="magnitude of torchvision's RandAugment after crop and flip; needs mode: online"
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="tau of Eq. 1")
     explanation_weight: NonNegative = Field(0.0, description="lambda of Eq. 2")
     explain_every: Positive = Field(
@@ -195,6 +198,15 @@ class StudentConfig(Schedule, ModelConfig):
     def _prior_methods_see_the_teacher(self) -> StudentConfig:
         if self.prior is not None and self.mode == "frozen":
             raise ValueError("prior methods compare features, which no store holds: set mode to online")
+        return self
+
+    @model_validator(mode="after")
+    def _stored_maps_follow_the_image(self) -> StudentConfig:
+        if self.rand_augment is not None and self.mode == "frozen" and self.needs_teacher:
+            raise ValueError(
+                "rand_augment moves and recolours pixels that the store's answers do not follow: set mode to online, "
+                "or rand_augment to null"
+            )
         return self
 
     @model_validator(mode="after")
