@@ -30,7 +30,7 @@ from pipeline.models.sync_norm import convert
 from pipeline.precompute import open_matching_store
 from pipeline.progress import Progress
 from pipeline.rand_augment import rand_augment
-from pipeline.run import Run
+from pipeline.run import Run, run_settings
 from pipeline.student import evaluate_student, score_student, scored_rows
 from pipeline.targets import class_share, drawn, drawn_targets, mixed, mixed_targets, positive_classes
 from pipeline.teacher import build_explainer, class_count, load_teacher
@@ -126,7 +126,7 @@ def distill(
     images = open_images(layout.images(settings.split))
     store = open_matching_store(experiment, layout, settings.split, images)
     if fabric.is_global_zero:
-        run.open(_identity(experiment, settings, name, seed, images, store))
+        run.open(_identity(experiment, name, seed, images, store))
     fabric.barrier()
     if run.done:
         return run.result()
@@ -237,20 +237,13 @@ def _with_prior(
 
 
 def _identity(
-    experiment: Experiment,
-    settings: StudentConfig,
-    name: str,
-    seed: int,
-    images: ImageSet,
-    store: TeacherStore,
+    experiment: Experiment, name: str, seed: int, images: ImageSet, store: TeacherStore
 ) -> dict[str, Any]:
     """What decides the run's weights; a run is never continued when any of it changes."""
     return {
         "student": name,
         "seed": seed,
-        "settings": settings.model_dump(mode="json"),
-        "explain": experiment.explain.model_dump(mode="json"),
-        "select": experiment.evaluate.select,
+        **run_settings(experiment, name),
         "images": images.fingerprint,
         "teacher": store.manifest.teacher.weights_sha256,
     }

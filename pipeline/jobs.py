@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import FrameType
 
 from artifacts.errors import E2kdError
 from pipeline.progress import Progress
@@ -23,10 +26,10 @@ def run_jobs(
     their exit codes (-9: killed by signal 9).
 
     The machine's cores are divided among them, and its GPUs (CUDA_VISIBLE_DEVICES) taken in turn. Where this process is
-    interrupted (Ctrl-C) all are stopped, and KeyboardInterrupt goes on.
+    interrupted (Ctrl-C) or told to end (SIGTERM, SIGHUP) all are stopped, and KeyboardInterrupt goes on.
     """
     processes = _Processes(command, count, progress)
-    with ThreadPoolExecutor(count) as pool:
+    with _interrupting(), ThreadPoolExecutor(count) as pool:
         try:
             futures = [pool.submit(processes.run, job) for job in jobs]
             codes = [future.result() for future in futures]
@@ -34,6 +37,28 @@ def run_jobs(
             processes.stop()
             raise
     return [(job, code) for job, code in zip(jobs, codes, strict=True) if code != 0]
+
+
+@contextmanager
+def _interrupting() -> Iterator[None]:
+    """`kill`, `timeout`, a container's stop and a closed terminal interrupt as Ctrl-C does: they reach this process
+    alone, and by their default would leave the jobs running without it. What is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    taken = {number: old for number, old in before.items() if old == signal.SIG_DFL}
+    try:
+        for number in taken:
+            signal.signal(number, _interrupt)
+        yield
+    finally:
+        for number, old in taken.items():
+            signal.signal(number, old)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def this_command(arguments: Sequence[str]) -> list[str]:
@@ -100,8 +125,13 @@ def devices(count: int) -> list[str | None]:
 
 
 def environment(own: Mapping[str, str], count: int, device: str | None) -> dict[str, str]:
-    """A job's: its share of the cores that this process may use, its GPU, and lines as they are written."""
+    """A job's: its share of the cores that this process may use, its GPU, and lines as they are written.
+
+    A smaller OMP_NUM_THREADS of the user's own stays: the cores may be shared with other work.
+    """
     threads = max(_cores() // count, 1)
+    asked = own.get("OMP_NUM_THREADS", "")
+    threads = min(threads, int(asked)) if asked.isdecimal() and int(asked) else threads
     found = {**own, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     return found if device is None else found | {"CUDA_VISIBLE_DEVICES": device}
 

@@ -23,6 +23,7 @@ from lightning_fabric import Fabric
 
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, E2kdError
+from pipeline.config import Experiment
 
 
 class CheckpointError(E2kdError):
@@ -37,21 +38,43 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return (self.path / "done").exists()
+        """Finished and scored; where `result.json` is gone the run is scored again, from its checkpoint."""
+        return (self.path / "done").exists() and (self.path / "result.json").exists()
+
+    @property
+    def _begun(self) -> bool:
+        return any((self.path / name).exists() for name in ("done", "state.pt"))
 
     def open(self, settings: dict[str, Any]) -> None:
         """Begin or continue the run. Raises ConfigError where it was begun with other settings."""
         text = yaml.safe_dump(settings, sort_keys=False, width=100)
         known = self.path / "config.yaml"
-        begun = self.done or (self.path / "state.pt").exists()
-        if not begun or not known.exists():
+        if not self._begun or not known.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(known, text.encode())
             return
         old, new = _flat(yaml.safe_load(known.read_text())), _flat(yaml.safe_load(text))
-        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        self._refuse({key: (old.get(key), new.get(key)) for key in {**old, **new}})
+
+    def differing(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Dotted key -> (run's value, value in `settings`) where they differ; keys that only one of them has are left
+        out. Nothing where the run was not begun."""
+        known = self.path / "config.yaml"
+        if not self._begun or not known.exists():
+            return {}
+        old, new = _flat(yaml.safe_load(known.read_text())), _flat(yaml.safe_load(yaml.safe_dump(settings)))
+        return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raises ConfigError where the run was begun with other values of these settings."""
+        self._refuse(self.differing(settings))
+
+    def _refuse(self, pairs: dict[str, tuple[Any, Any]]) -> None:
+        differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
         if differing:
-            lines = "\n".join(f"  {key}: run {old.get(key)!r}, config {new.get(key)!r}" for key in differing)
+            lines = "\n".join(
+                f"  {key}: run {old!r}, config {new!r}" for key, (old, new) in differing.items()
+            )
             raise ConfigError(
                 f"{self.path} was made with other settings:\n{lines}\n"
                 f"keep it and use another folder (--out DIR), or delete it: rm -r {self.path}"
@@ -106,8 +129,24 @@ class Run:
         self.write("done", b"")
 
     def result(self) -> dict[str, Any]:
-        loaded: dict[str, Any] = json.loads((self.path / "result.json").read_text())
+        """Raises CheckpointError where the file is damaged."""
+        file = self.path / "result.json"
+        try:
+            loaded: dict[str, Any] = json.loads(file.read_text())
+        except ValueError:
+            raise CheckpointError(
+                f"{file} is damaged; delete it, then `e2kd distill CONFIG` scores the run again: rm {file}"
+            ) from None
         return loaded
+
+
+def run_settings(experiment: Experiment, student: str) -> dict[str, Any]:
+    """What the config says of a student's weights; a run keeps it in its config.yaml."""
+    return {
+        "settings": experiment.students[student].model_dump(mode="json"),
+        "explain": experiment.explain.model_dump(mode="json"),
+        "select": experiment.evaluate.select,
+    }
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pipeline.layout import Layout
 from pipeline.pack import pack
 from pipeline.precompute import WHOLE, measure, precompute
 from pipeline.progress import Progress
-from pipeline.run import Run, locked
+from pipeline.run import Run, locked, run_settings
 from pipeline.student import evaluate_student
 from pipeline.sweep import DEFAULT_SCORES, Choice, Method, chosen, is_swept, methods
 from pipeline.teach import teach
@@ -93,8 +93,10 @@ def distill_all(
     """Stage 2 for students x seeds, of a sweep's other seeds the chosen candidates only. Finished runs are left alone.
 
     Of several independent processes each takes every `part.world`-th run; a run that another one is working on is left
-    to it. Raises ConfigError where a sweep cannot be decided.
+    to it. Raises ConfigError where a sweep cannot be decided, and, before anything is written, where a run was begun
+    with other settings.
     """
+    _check_begun(experiment, layout, students, seeds)
     prepare_stores(experiment, layout, fabric, progress)
     first = _compared_runs(experiment, students, seeds)[part.rank :: part.world]
     busy = _run_each(experiment, layout, progress, first)
@@ -121,6 +123,7 @@ def distill_at_once(
     """
     if fabric.world_size > 1:
         raise ConfigError("--jobs starts processes of its own: use it without torchrun, or torchrun alone")
+    _check_begun(experiment, layout, students, seeds)
     prepare_stores(experiment, layout, fabric, progress)
     torch.cuda.empty_cache()  # the teacher's memory is the jobs' now
     command = this_command([*arguments, "--rank", "0", "--world", "1"])  # whatever SLURM's variables say
@@ -133,6 +136,14 @@ def distill_at_once(
         names = ", ".join(f"{name} seed {seed} (exit code {code})" for (name, seed), code in failed)
         raise E2kdError(f"failed: {names}; what they said is above, the other runs are kept")
     _tell(experiment, layout, progress, [*first, *later], _unfinished(layout, [*first, *later]), waiting)
+
+
+def _check_begun(
+    experiment: Experiment, layout: Layout, students: Sequence[str], seeds: Sequence[int]
+) -> None:
+    for seed in seeds:
+        for name in students:
+            Run(layout.run(name, seed)).check(run_settings(experiment, name))
 
 
 def _unfinished(layout: Layout, runs: Sequence[Job]) -> list[Job]:
@@ -197,6 +208,7 @@ def _tell(
     busy: Sequence[Job],
     waiting: Sequence[str],
 ) -> None:
+    busy = _unfinished(layout, busy)  # they may be done by now
     if busy:
         progress.say(f"others are working on: {', '.join(f'{name} seed {seed}' for name, seed in busy)}")
     if waiting:
@@ -209,7 +221,13 @@ def _tell(
 
 
 def evaluate_all(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
-    """Write result.json of every finished run again."""
+    """Write result.json of every finished run again. Raises ConfigError where one was made with other settings than
+    the config's, apart from the selection split."""
+    for name in experiment.students:
+        for seed in experiment.seeds:
+            settings = run_settings(experiment, name)
+            del settings["select"]
+            Run(layout.run(name, seed)).check(settings)
     for seed in experiment.seeds:
         for name in experiment.students:
             run = Run(layout.run(name, seed))

@@ -14,7 +14,7 @@ from pipeline.evaluate import Scores, samples_file, save_samples, score, student
 from pipeline.layout import Layout
 from pipeline.models import build, load_weights
 from pipeline.precompute import open_matching_store
-from pipeline.run import Run
+from pipeline.run import CheckpointError, Run
 from pipeline.shift import shift_curve
 from pipeline.teacher import build_explainer, class_count
 from pipeline.train import kept_weights
@@ -53,7 +53,10 @@ def load_student(experiment: Experiment, layout: Layout, name: str, seed: int) -
     run = Run(layout.run(name, seed))
     settings = experiment.students[name]
     net = build(settings, class_count(experiment, open_images(layout.images(settings.split))))
-    load_weights(net.net, kept_weights(run))
+    weights = kept_weights(run)
+    if not weights.exists():
+        raise CheckpointError(f"{weights} is gone; delete the run and train it again: rm -r {run.path}")
+    load_weights(net.net, weights)
     return build_explainer(experiment.explain, net.eval())
 
 

@@ -28,6 +28,8 @@ from pipeline.data.photo import read_mask, read_photo
 CLASSES = ("landbird", "waterbird")
 PUBLISHED = {"train": 0, "val": 1, "test": 2}
 GROUPS = {"": (0, 1, 2, 3), "id": (0, 3), "ood": (1, 2)}
+SLACK = 0.02
+"""Of a side, by which an annotator's box may leave its image."""
 COLUMNS = ("img_filename", "y", "split", "place")
 
 
@@ -52,7 +54,10 @@ def open_listing(data: Waterbirds, split: str) -> Listing:
     entries = [_entry(data.root, row, boxes, masks) for row in _of_split(data.root, split)]
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
-        return read_photo(data.root / entry.id, shorter_side if data.cub is None else None)
+        image = read_photo(data.root / entry.id, shorter_side if data.cub is None else None)
+        if entry.boxes is not None:
+            _check_inside(entry.boxes[0, 1:], image.size, data.root / entry.id)
+        return image
 
     def mask(entry: Entry) -> Image.Image | None:
         assert masks is not None
@@ -60,6 +65,18 @@ def open_listing(data: Waterbirds, split: str) -> Listing:
         return read_mask(file, str(file), read(entry, None).size)
 
     return Listing(CLASSES, entries, read, None if masks is None else mask)
+
+
+def _check_inside(box: np.ndarray, size: tuple[int, int], file: Path) -> None:
+    """Raises DataError where a box leaves its image by more than SLACK: the image is not of CUB's size."""
+    beyond = box[2:] - np.array(size) * (1 + SLACK)
+    if (box[:2] < 0).any() or (beyond > 0).any():
+        width, height = size
+        x0, y0, x1, y1 = box.tolist()
+        raise DataError(
+            f"{file} has {width} x {height} px, but CUB's box of it ends at {x1:g}, {y1:g} (begins at {x0:g}, {y0:g}): "
+            "the images must have CUB's own size, as group_DRO makes them; make them again, or remove data.cub"
+        )
 
 
 def _of_split(root: Path, split: str) -> Iterator[Row]:
@@ -75,7 +92,8 @@ def _entry(root: Path, row: Row, boxes: dict[str, np.ndarray] | None, masks: Pat
         size += size_below(masks, _mask_file(Path(), row.name).as_posix(), row.where)
     if boxes is not None and row.name not in boxes:
         raise DataError(
-            f"{row.where}: CUB's images.txt does not list {row.name}; set data.cub to the whole CUB_200_2011"
+            f"{row.where}: CUB's images.txt or bounding_boxes.txt does not list {row.name}; set data.cub to the whole "
+            "CUB_200_2011"
         )
     box = None if boxes is None else np.array([[row.y, *boxes[row.name]]], np.float32)
     return Entry(row.name, size, row.y, 2 * row.y + row.place, box)
@@ -126,7 +144,11 @@ def _boxes(cub: Path) -> dict[str, np.ndarray]:
             box = np.array([x, y, width, height], np.float32)
         except ValueError:
             box = np.zeros(4, np.float32)
-        if number not in names or not np.isfinite(box).all() or (box[2:] <= 0).any():
+        if number not in names:
+            raise DataError(
+                f"{cub / 'bounding_boxes.txt'} has image {number}, which images.txt does not list; unpack CUB again"
+            )
+        if not np.isfinite(box).all() or (box[2:] <= 0).any():
             raise DataError(
                 f"{cub / 'bounding_boxes.txt'}: the line of image {number} is wrong; unpack CUB again"
             )

@@ -15,6 +15,7 @@ from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError
 from pipeline.config import Experiment
 from pipeline.layout import Layout
+from pipeline.report.about import wanting
 from pipeline.report.markdown import markdown, markdown_table
 from pipeline.report.page import page
 from pipeline.report.results import Results
@@ -42,7 +43,8 @@ def report(experiment: Experiment, layout: Layout) -> str:
         f"**{split}**\n\n{markdown_table(short_table(results, split))}"
         for split in experiment.evaluate.splits
     ]
-    return "\n\n".join([*tables, f"report: {text}\npage: {html}"])
+    notes = [f"note: {what}: {', '.join(runs)}" for what, runs in wanting(results) if runs]
+    return "\n\n".join([*tables, *notes, f"report: {text}\npage: {html}"])
 
 
 def _write(results: Results, stamp: str) -> None:
@@ -65,5 +67,5 @@ def _stamp(results: Results) -> str:
         for seed, result in results.results[method.name].items():
             run = results.runs_files(method, seed)
             digest.update(json.dumps([method.student, seed, result, run]).encode())
-    digest.update(json.dumps([results.missing(), results.measured()]).encode())
+    digest.update(json.dumps([wanting(results), results.measured()]).encode())
     return digest.hexdigest()

@@ -32,8 +32,17 @@ def facts(results: Results) -> Facts:
         *_versions(results),
         *_measured(experiment, results.layout),
     ]
-    missing = results.missing()
-    return Facts([*found, ("not finished", ", ".join(missing))] if missing else found)
+    found += [(what, ", ".join(runs)) for what, runs in wanting(results) if runs]
+    return Facts(found)
+
+
+def wanting(results: Results) -> list[tuple[str, list[str]]]:
+    """What this report lacks or cannot vouch for: what it is, and the runs."""
+    return [
+        ("not finished", results.missing()),
+        ("not scored, run `e2kd evaluate`", results.unscored()),
+        ("made with other settings than this config's", results.stale()),
+    ]
 
 
 def settings_table(results: Results) -> Table:

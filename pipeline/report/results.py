@@ -15,7 +15,7 @@ from pipeline.config import Experiment, StudentConfig
 from pipeline.evaluate import read_samples, samples_file
 from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, teacher_scores
 from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
-from pipeline.run import Run
+from pipeline.run import Run, run_settings
 
 FREE = ("explanation_weight", "explain_every", "compile", "workers", "cache_mib", "validate_every")
 """Settings in which a baseline may differ: lambda, and what changes no result of a student without it."""
@@ -69,6 +69,28 @@ class Results:
         wanted = [(m.student, seed) for m in self.all_methods for seed in m.runs]
         wanted += [(c.student, first) for m in self.all_methods if not m.student for c in m.candidates]
         return [f"{name} seed {seed}" for name, seed in wanted if not Run(self.layout.run(name, seed)).done]
+
+    def stale(self) -> list[str]:
+        """`kd seed 1 (settings.lr: run 0.1, config 0.2)` for every finished run that the config does not describe."""
+        found = []
+        for method in self.methods:
+            for seed in self.results[method.name]:
+                differing = method.runs[seed].differing(run_settings(self.experiment, method.student))
+                said = "; ".join(
+                    f"{key}: run {old!r}, config {new!r}" for key, (old, new) in differing.items()
+                )
+                found += [f"{method.student} seed {seed} ({said})"] if said else []
+        return found
+
+    def unscored(self) -> list[str]:
+        """`kd seed 1 on test` for every finished run without scores on a split of `evaluate`."""
+        return [
+            f"{method.student} seed {seed} on {split}"
+            for method in self.methods
+            for seed, result in self.results[method.name].items()
+            for split in self.splits
+            if not result["splits"].get(split)
+        ]
 
     def scores(self, method: str, split: str) -> dict[str, list[float]]:
         """Metric -> one value per seed that has it; a null in the file is a NaN."""

@@ -80,6 +80,14 @@ def test_cores_are_shared(count: int) -> None:
     assert "CUDA_VISIBLE_DEVICES" not in found
 
 
+@pytest.mark.parametrize(("own", "wanted"), [("1", 1), ("3", 3), ("77", 8), ("", 8), ("0", 8), ("2,1", 8)])
+def test_a_users_own_smaller_number_of_threads_stays(
+    own: str, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.jobs._cores", lambda: 16)
+    assert environment({"OMP_NUM_THREADS": own}, 2, None)["OMP_NUM_THREADS"] == str(wanted)
+
+
 def test_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert devices(3) == ["2", "5", "2"]
@@ -98,12 +106,15 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_stops_all_and_begins_no_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_what_ends_a_process_stop_all_and_begin_no_more(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     parent = subprocess.Popen([*_python(INTERRUPTED), str(tmp_path)])
     deadline = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    parent.send_signal(signal.SIGINT)
+    parent.send_signal(number)
     assert parent.wait(timeout=30) == 130
     pids = [int(file.name) for file in tmp_path.iterdir()]
     assert len(pids) == 2

@@ -219,7 +219,10 @@ def test_a_wrong_cub_folder(root: Path, tmp_path: Path) -> None:
 def test_an_image_that_cub_does_not_list(root: Path) -> None:
     file = root.parent / "CUB_200_2011/images.txt"
     file.write_text(file.read_text().replace(name_of(0, 0, 0), "001.Bird/Else.jpg"))
-    with pytest.raises(DataError, match=r"line 2: CUB's images\.txt does not list 001\.Bird/Bird_00\.jpg"):
+    with pytest.raises(
+        DataError,
+        match=r"line 2: CUB's images\.txt or bounding_boxes\.txt does not list 001\.Bird/Bird_00\.jpg",
+    ):
         open_source(with_cub(root), "train")
 
 
@@ -229,7 +232,7 @@ def test_an_image_that_cub_does_not_list(root: Path) -> None:
         ("1 1 2 3", "line 1: 4 fields instead of 5"),
         ("1 1 2 x 4", "the line of image 1 is wrong"),
         ("1 1 2 0 4", "the line of image 1 is wrong"),
-        ("77 1 2 3 4", "the line of image 77 is wrong"),
+        ("77 1 2 3 4", "has image 77, which images.txt does not list"),
     ],
 )
 def test_a_wrong_line_of_boxes(root: Path, line: str, message: str) -> None:
@@ -249,3 +252,23 @@ def test_masks_that_are_missing_or_of_another_size(root: Path) -> None:
     file.unlink()
     with pytest.raises(DataError, match=r"line 2 names .*Bird_00\.png"):
         open_source(with_cub(root), "train")
+
+
+def test_an_image_that_is_not_of_cubs_size(root: Path) -> None:
+    source = open_source(with_cub(root), "val")
+    for row in range(len(source)):
+        source.raw(row)
+    file = root / name_of(0, 1, 0)
+    Image.new("RGB", (28, 21)).save(file)  # resized: the box ends at 30, 16
+    source = open_source(with_cub(root), "val")
+    message = r"has 28 x 21 px, but CUB's box of it ends at 30, 16 .*CUB's own size"
+    with pytest.raises(DataError, match=message):
+        [source.raw(row) for row in range(len(source))]
+
+
+def test_a_box_may_leave_its_image_by_a_pixel(root: Path) -> None:
+    Image.new("RGB", (30, 16)).save(root / name_of(0, 1, 0))
+    boxes = root.parent / "CUB_200_2011/bounding_boxes.txt"
+    boxes.write_text(boxes.read_text().replace(BOX, "10.0 4.0 20.5 12.0"))
+    source = open_source(with_cub(root), "val")
+    assert all(source.raw(row).boxes is not None for row in range(len(source)))
