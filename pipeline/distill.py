@@ -30,7 +30,7 @@ from pipeline.models.sync_norm import convert
 from pipeline.precompute import open_matching_store
 from pipeline.progress import Progress
 from pipeline.rand_augment import rand_augment
-from pipeline.run import Run, run_settings
+from pipeline.run import Run, run_settings, student_defaults
 from pipeline.student import evaluate_student, score_student, scored_rows
 from pipeline.targets import class_share, drawn, drawn_targets, mixed, mixed_targets, positive_classes
 from pipeline.teacher import build_explainer, class_count, load_teacher
@@ -126,7 +126,7 @@ def distill(
     images = open_images(layout.images(settings.split))
     store = open_matching_store(experiment, layout, settings.split, images)
     if fabric.is_global_zero:
-        run.open(_identity(experiment, name, seed, images, store))
+        run.open(_identity(experiment, name, seed, images, store), student_defaults(settings))
     fabric.barrier()
     if run.done:
         return run.result()

@@ -23,7 +23,7 @@ from lightning_fabric import Fabric
 
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, E2kdError
-from pipeline.config import Experiment
+from pipeline.config import Experiment, ExplainConfig, StudentConfig, TeachConfig, TeacherConfig
 
 
 class CheckpointError(E2kdError):
@@ -45,15 +45,19 @@ class Run:
     def _begun(self) -> bool:
         return any((self.path / name).exists() for name in ("done", "state.pt"))
 
-    def open(self, settings: dict[str, Any]) -> None:
-        """Begin or continue the run. Raises ConfigError where it was begun with other settings."""
+    def open(self, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
+        """Begin or continue the run. Raises ConfigError where it was begun with other settings.
+
+        `defaults`: of settings that the run's own file does not name, since they are newer than the run.
+        """
         text = yaml.safe_dump(settings, sort_keys=False, width=100)
         known = self.path / "config.yaml"
         if not self._begun or not known.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(known, text.encode())
             return
-        old, new = _flat(yaml.safe_load(known.read_text())), _flat(yaml.safe_load(text))
+        old = _flat(defaults or {}) | _flat(yaml.safe_load(known.read_text()))
+        new = _flat(yaml.safe_load(text))
         self._refuse({key: (old.get(key), new.get(key)) for key in {**old, **new}})
 
     def differing(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -147,6 +151,18 @@ def run_settings(experiment: Experiment, student: str) -> dict[str, Any]:
         "explain": experiment.explain.model_dump(mode="json"),
         "select": experiment.evaluate.select,
     }
+
+
+def student_defaults(settings: StudentConfig) -> dict[str, Any]:
+    """What `run_settings` were for runs begun before a setting existed: its default."""
+    plain = StudentConfig(model=settings.model).model_dump(mode="json")
+    return {"settings": plain, "explain": ExplainConfig().model_dump(mode="json")}
+
+
+def teacher_defaults() -> dict[str, Any]:
+    """The same for a taught teacher's run."""
+    train = TeachConfig().model_dump(mode="json")
+    return {"teacher": {**TeacherConfig(model="", weights="").model_dump(mode="json"), "train": train}}
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from pipeline.models import build, start_from
 from pipeline.models.sync_norm import convert
 from pipeline.pareto import ParetoFront
 from pipeline.progress import Progress
-from pipeline.run import Run
+from pipeline.run import Run, teacher_defaults
 from pipeline.teacher import build_explainer, class_count
 from pipeline.train import fit
 
@@ -84,7 +84,8 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
     _check_labels(images, settings)
     run = Run(layout.teacher)
     if fabric.is_global_zero:
-        run.open({"teacher": experiment.teacher.model_dump(mode="json"), "images": images.fingerprint})
+        identity = {"teacher": experiment.teacher.model_dump(mode="json"), "images": images.fingerprint}
+        run.open(identity, teacher_defaults())
     fabric.barrier()
     if run.done:
         return run.result()

@@ -9,6 +9,7 @@ from lightning_fabric import Fabric
 
 from artifacts.errors import ConfigError, E2kdError
 from pipeline.config import Experiment, dump
+from pipeline.distill import distill
 from pipeline.layout import Layout
 from pipeline.progress import Quiet
 from pipeline.report import report
@@ -44,6 +45,20 @@ def test_other_settings_are_refused_before_anything_is_written_and_told_by_the_r
     assert "made with other settings than this config's: kd seed 0 (settings.lr: run" in text
     evaluate_all(experiment, prepared, fabric, Quiet())
     assert run.done
+
+
+def test_a_setting_newer_than_the_run_is_its_default(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+) -> None:
+    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
+    run = _trained(experiment, prepared, fabric)
+    kept = (run.path / "config.yaml").read_text()
+    assert "  label_weight: 0.0\n" in kept
+    (run.path / "config.yaml").write_text(kept.replace("  label_weight: 0.0\n", ""))
+    _trained(experiment, prepared, fabric)
+    other = experiment_of(train__epochs=1, train__rows=32, students={"kd": {"label_weight": 1}})
+    with pytest.raises(ConfigError, match=r"settings\.label_weight: run 0\.0, config 1\.0"):
+        distill(other, prepared, fabric, "kd", 0, Quiet())
 
 
 def test_a_split_without_scores_is_told(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
