@@ -69,7 +69,7 @@ class StoreConfig(Settings):
 class EvaluateConfig(Settings):
     """Which packed splits are scored; `select` chooses epochs (and, by you, settings) and is reported apart."""
 
-    splits: tuple[str, ...] = ("test",)
+    splits: tuple[str, ...] = Field(("test",), min_length=1)
     select: str | None = "val"
     select_by: Score | None = Field(
         None, description="the score that chooses among a sweep's runs; default: as train.best_by"
