@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.base import Natural, Positive, Settings
 from pipeline.config.data import DataConfig
 from pipeline.config.training import AugmentConfig, Score, StudentConfig, TeacherConfig
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("every seed once: a seed is a run")
+    return seeds
 
 
 class ViewConfig(Settings):
@@ -112,7 +118,7 @@ class Experiment(Settings):
         {},
         description="student: {key: values}: every combination is trained; the best on evaluate.select counts",
     )
-    seeds: tuple[Natural, ...] = Field((0,), min_length=1)
+    seeds: Annotated[tuple[Natural, ...], AfterValidator(_each_once)] = Field((0,), min_length=1)
     evaluate: EvaluateConfig = EvaluateConfig()
     paper: str | None = Field(
         None, description="the paper's numbers to show beside ours, e.g. table1/50-shots"

@@ -46,7 +46,9 @@ def open_split(
     left_out = frozenset(unreadable(origin, listing) if unreadable else ())
     entries = [entry for entry in listing.entries if entry.id not in left_out]
     if not entries:
-        raise DataError(f"split {origin} of {data.root} has no {'readable ' if left_out else ''}images")
+        raise DataError(
+            f"split {origin} of {data.root} has no {'readable ' if left_out else ''}images; add some"
+        )
     _check_labels(data, listing, entries)
     entries = _cut(in_order(entries, data.split_seed), data, split, listing.classes)
     if not entries:

@@ -35,6 +35,11 @@ def test_students_inherit_train_and_augment() -> None:
     assert parse(MINIMAL).teacher.train.augment.crop_scale == (0.5, 1.0)
 
 
+def test_every_seed_once() -> None:
+    with pytest.raises(ConfigError, match="seeds: every seed once"):
+        parse({**MINIMAL, "seeds": [0, 1, 0]})
+
+
 def test_all_problems_in_one_message_with_suggestions() -> None:
     bad = {
         **MINIMAL,
