@@ -51,6 +51,21 @@ def teacher_answers(images: Tensor, classes: Tensor | None, stored: Answers | No
     return stored.logits, (stored.maps * same[:, :, None, None, None]).sum(1)
 
 
+def teacher_answers_beyond(explainer: nn.Module) -> Answer:
+    """`teacher_answers`, and the teacher itself, `explainer`, for the map of a class that the store does not hold."""
+
+    def answer(images: Tensor, classes: Tensor | None, stored: Answers | None) -> tuple[Tensor, Tensor]:
+        logits, maps = teacher_answers(images, classes, stored)
+        assert stored is not None
+        assert classes is not None
+        unknown = ~(stored.classes == classes[:, None]).any(1)
+        if unknown.any():
+            maps[unknown] = explainer(images[unknown], classes[unknown]).maps
+        return logits, maps
+
+    return answer
+
+
 def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> Scores:
     """Means over the split, in 0..1 (map_cosine -1..1); the rows are divided over the processes.
 
@@ -144,11 +159,10 @@ def _localised(maps: Tensor, images: Tensor, masks: Tensor) -> Samples:
 def _localised_by_label(answer: Answer, images: Tensor, batch: Batch) -> Samples:
     """EPG and IoU of each label's map against the union of its boxes (Rao et al. 2023), mean over a sample's labels.
 
-    `localised`: over how many; a label without a box does not count. For the teacher's own stored maps only labels that
-    it explains count.
+    `localised`: over how many; a label without a box does not count.
     """
     total = torch.zeros(3, len(images), device=images.device)  # epg, iou, how many
-    for classes in _asked_labels(answer, batch).T:
+    for classes in _asked_labels(batch.labels).T:
         rows = (classes >= 0).nonzero()[:, 0]
         asked = classes[rows]
         stored = None if batch.teacher is None else Answers(*(values[rows] for values in batch.teacher))
@@ -161,12 +175,9 @@ def _localised_by_label(answer: Answer, images: Tensor, batch: Batch) -> Samples
     return {"epg": epg / times, "iou": iou / times, "localised": count}
 
 
-def _asked_labels(answer: Answer, batch: Batch) -> Tensor:
+def _asked_labels(labels: Tensor) -> Tensor:
     """The labels whose maps are asked for, ascending: i64 [B, the most of any sample], -1 where a sample has fewer."""
-    present = batch.labels > 0
-    if answer is teacher_answers and batch.teacher is not None:
-        every = torch.arange(present.shape[1], device=present.device)
-        present = present & (batch.teacher.classes[:, :, None] == every).any(1)
+    present = labels > 0
     first, classes = present.byte().sort(dim=1, descending=True, stable=True)
     return torch.where(first > 0, classes, -1)[:, : int(present.sum(1).max())]
 

@@ -45,6 +45,15 @@ class ParetoFront:
             if file not in current:
                 file.unlink()
 
+    def best(self, log: Iterable[Mapping[str, Any]], by: str, within: float) -> int:
+        """The epoch that is the best by one of the scores, of those whose first score is at most `within` below the
+        highest. It is on the front: what beats an epoch is at least as good in both."""
+        logged = self._logged(log)
+        kept = {epoch: logged[epoch] for epoch in front(logged, self.names)}
+        highest = max(scores[self.names[0]] for scores in kept.values())
+        near = {epoch: scores for epoch, scores in kept.items() if scores[self.names[0]] >= highest - within}
+        return max(near, key=lambda epoch: near[epoch][by])
+
     def _logged(self, log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
         """Validated epochs -> their scores."""
         return {

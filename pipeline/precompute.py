@@ -22,7 +22,7 @@ from pipeline.codec_cost import codec_cost
 from pipeline.codec_cost import tell as tell_cost
 from pipeline.config import Experiment, ExplainConfig
 from pipeline.data.loader import PairedRows
-from pipeline.evaluate import score, teacher_answers
+from pipeline.evaluate import Answer, score, teacher_answers, teacher_answers_beyond
 from pipeline.gap import freezing_gap
 from pipeline.gap import tell as tell_gap
 from pipeline.launch import Part
@@ -83,7 +83,7 @@ def precompute(
     if not fabric.broadcast(complete):
         return None
     store = open_store(where)
-    _write_teacher_scores(experiment, layout, split, images, store, fabric)
+    _write_teacher_scores(experiment, layout, split, images, store, teacher, fabric)
     return store
 
 
@@ -268,14 +268,25 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _write_teacher_scores(
-    experiment: Experiment, layout: Layout, split: str, images: ImageSet, store: TeacherStore, fabric: Fabric
+    experiment: Experiment,
+    layout: Layout,
+    split: str,
+    images: ImageSet,
+    store: TeacherStore,
+    teacher: Explainable,
+    fabric: Fabric,
 ) -> None:
-    """The teacher's own accuracy and EPG, for the report; read off the store."""
+    """The teacher's own accuracy and EPG, for the report; read off the store. Where images have several labels, the
+    teacher is asked for the maps of those that the store does not hold, so that its EPG is over the students' labels.
+    """
     beside, name = layout.stores(experiment.store_name), teacher_scores(split)
     if fabric.broadcast(beside.exists(name)):
         return
     rows = PairedRows(images, store, masks="any")
-    scores = score(fabric, teacher_answers, rows, experiment.evaluate.batch_size)
+    answer: Answer = teacher_answers
+    if rows.multilabel:
+        answer = teacher_answers_beyond(build_explainer(experiment.explain, teacher).to(fabric.device))
+    scores = score(fabric, answer, rows, experiment.evaluate.batch_size)
     own = {name: value for name, value in scores.items() if "agreement" not in name and name != "map_cosine"}
     if fabric.is_global_zero:
         beside.write(name, _json(own))

@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from artifacts import ImageSet, open_images
+from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, DataError
 from pipeline.augment import PairedAugment
 from pipeline.config import Experiment, TeachConfig
@@ -98,6 +99,7 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
     if fabric.world_size > 1:
         convert(net.net)
     explainer = build_explainer(experiment.explain, net)
+    front = ParetoFront(run.path, settings.pareto) if settings.pareto else None
     data = PairedRows(
         images, masks=settings.guide.by if settings.guide else None, cache_mib=settings.cache_mib
     )
@@ -132,15 +134,23 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
         )
         if validation
         else None,
-        front=ParetoFront(run.path, settings.pareto) if settings.pareto else None,
+        front=front,
         progress=progress,
         label="teach",
     )
     result = {"seconds": {"train": round(time.monotonic() - started, 1)}}
     if fabric.is_global_zero:
+        _keep_within(run, front, settings)
         run.finish(result)
     fabric.barrier()
     return result
+
+
+def _keep_within(run: Run, front: ParetoFront | None, settings: TeachConfig) -> None:
+    """Make the front's epoch that `within` asks for the run's result."""
+    if front is not None and settings.within is not None and settings.best_by is not None:
+        epoch = front.best(run.history(), settings.best_by, settings.within)
+        write_atomic(run.path / "best.safetensors", front.weights(epoch).read_bytes())
 
 
 def _check_labels(images: ImageSet, settings: TeachConfig) -> None:

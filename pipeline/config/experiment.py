@@ -78,7 +78,8 @@ class EvaluateConfig(Settings):
     splits: tuple[str, ...] = Field(("test",), min_length=1)
     select: str | None = "val"
     select_by: Score | None = Field(
-        None, description="the score that chooses among a sweep's runs; default: as train.best_by"
+        None,
+        description="the score that chooses among a sweep's runs; default: f1, accuracy or agreement, by the labels",
     )
     shifts: tuple[Natural, ...] = Field(
         (), description="diagonal shifts in px of the shift curve, e.g. [0, 1, 2]"

@@ -125,6 +125,18 @@ class TeachConfig(Schedule):
     pareto: tuple[Score, ...] = Field(
         (), description="keep every checkpoint that none beats in all of these scores, e.g. [f1, epg, iou]"
     )
+    within: Fraction | None = Field(
+        None,
+        description="best_by chooses among the epochs whose first score of pareto is at most so far below the highest",
+    )
+
+    @model_validator(mode="after")
+    def _chosen_from_the_front(self) -> TeachConfig:
+        if self.within is not None and (self.best_by not in self.pareto or self.keep == "last"):
+            raise ValueError(
+                "within chooses among pareto's checkpoints: set best_by to a score of pareto, and keep to best"
+            )
+        return self
 
 
 class TeacherConfig(ModelConfig):

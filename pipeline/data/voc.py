@@ -136,9 +136,10 @@ def _class(found: ElementTree.Element, file: Path) -> int:
 
 
 def _corners(found: ElementTree.Element, width: float, height: float, file: Path) -> tuple[float, ...]:
-    """Raises DataError for an empty box, or one outside the image. A box from pixel 0 is taken as from 1."""
+    """Raises DataError for an empty box, or one outside the image. A box from pixel 0 is taken as from 1; of one pixel,
+    both its edges are that pixel."""
     x0, y0, x1, y1 = (_number(found, f"bndbox/{edge}", file) for edge in EDGES)
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height and x1 > 0 and y1 > 0):
         raise DataError(
             f"{file}: the box {x0:g} {y0:g} {x1:g} {y1:g} is empty or outside the image of {width:g} x {height:g} px; "
             "correct it"

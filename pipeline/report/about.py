@@ -10,7 +10,7 @@ from typing import Any
 
 from artifacts import ImageSet, TeacherStore, open_images, open_store
 from artifacts.errors import E2kdError
-from pipeline.config import Experiment
+from pipeline.config import Experiment, StudentConfig
 from pipeline.data.rows import select_rows
 from pipeline.layout import CODEC_COST, FREEZING_GAP, Layout
 from pipeline.report.document import Cell, Facts, Table
@@ -47,10 +47,7 @@ def wanting(results: Results) -> list[tuple[str, list[str]]]:
 
 def settings_table(results: Results) -> Table:
     """The settings in which the methods differ; what all share is in config.yaml."""
-    flat = [
-        flatten(results.experiment.students[method.student].model_dump(mode="json"))
-        for method in results.methods
-    ]
+    flat = [_in_use(results.experiment.students[method.student]) for method in results.methods]
     every = dict.fromkeys(key for settings in flat for key in settings)
     flat = [
         {key: value for key, value in settings.items() if value is not None} for settings in flat
@@ -63,6 +60,13 @@ def settings_table(results: Results) -> Table:
         for method, settings in zip(results.methods, flat, strict=True)
     ]
     return Table("Settings", ["method", *(names.get(key, key) for key in shown)], rows)
+
+
+def _in_use(settings: StudentConfig) -> dict[str, Any]:
+    """A student's settings by dotted key, without those that its losses do not look at."""
+    idle = {"mode"} if not settings.needs_teacher else set()
+    idle |= {"temperature"} if settings.loss != "kd" else set()
+    return {key: value for key, value in flatten(settings.model_dump(mode="json")).items() if key not in idle}
 
 
 def run_costs(results: Results) -> Table:

@@ -26,6 +26,7 @@ PANELS = {
     "val_agreement": "validation agreement",
     "val_f1": "validation F1",
     "val_epg": "validation EPG",
+    "val_iou": "validation IoU",
 }
 """Drawn where some run has them more than once."""
 

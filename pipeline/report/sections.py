@@ -14,9 +14,15 @@ from pipeline.report.tables import candidate_table, group_tables, score_table
 READING = (
     "Mean ± standard deviation over seeds. Below a score: the difference to the baseline, the method with the same "
     "settings but lambda = 0, with the 95 % interval of a paired bootstrap over rows and seeds (2,000 resamples; none "
-    "for scores of groups and the calibration error, nor where a run's scores per row are not there). Few seeds say little of the next seed. EPG counts a "
-    "dead (all-zero) map as 0; a high share of dead maps makes EPG and map cosine meaningless. Map cosine is to the "
-    "teacher's map of the same class, at the student's resolution."
+    "for scores of groups and the calibration error, nor where a run's scores per row are not there). Few seeds say "
+    "little of the next seed. EPG counts a dead (all-zero) map as 0; a high share of dead maps makes EPG and map "
+    "cosine meaningless. Map cosine is to the teacher's map of the same class, at the student's resolution."
+)
+
+SEVERAL_LABELS = (
+    "Images have several labels: F1 is over all images and classes (a logit of 0 or more is a yes). EPG and IoU are of "
+    "each label's map against the boxes of its class, mean over all labels of all images. Agreement is of the highest "
+    "class alone, and dead maps are those of the teacher's highest class."
 )
 
 
@@ -40,6 +46,8 @@ def scores(results: Results) -> list[Block]:
     paper = paper_table(results.experiment.paper) if results.experiment.paper else None
     beside = _split_of(paper, results)
     blocks: list[Block] = [Text(READING)]
+    if any("f1" in results.scores(m.name, split) for m in results.methods for split in results.splits):
+        blocks.append(Text(SEVERAL_LABELS))
     for split in results.splits:
         blocks.append(
             score_table(results, split, _caption(results, split), paper if split == beside else None)

@@ -28,7 +28,15 @@ from artifacts.packing import write_images
 from pipeline import metrics
 from pipeline.config import EvaluateConfig
 from pipeline.data.loader import Answers, Batch, PairedRows
-from pipeline.evaluate import measure, read_samples, samples_file, save_samples, score, teacher_answers
+from pipeline.evaluate import (
+    measure,
+    read_samples,
+    samples_file,
+    save_samples,
+    score,
+    teacher_answers,
+    teacher_answers_beyond,
+)
 from pipeline.explainers import Explained
 from pipeline.launch import start
 from pipeline.layout import Layout
@@ -243,14 +251,25 @@ def test_the_mean_is_over_images_and_labels_and_a_samples_own_over_its_labels(ba
     assert "localised" not in found
 
 
-def test_the_teachers_maps_of_labels_that_it_does_not_explain_do_not_count() -> None:
+def test_the_teacher_is_asked_for_the_labels_that_its_store_does_not_hold() -> None:
+    """Live maps are ones: their EPG is the area of the label's boxes."""
     whole, _ = several_labels()
-    stored = torch.ones(4, 2, 1, 2, 2)
-    stored[:, 1] = 0
-    teacher = Answers(torch.ones(4, 2), torch.tensor([[1, -1], [1, -1], [0, 1], [0, -1]]), stored)
-    found = scored(replace(whole, teacher=teacher), teacher_answers, multilabel=True)
-    assert found.samples["localised"].tolist() == [1, 0, 0, 0]
-    assert found["epg"] == 1
+    stored = torch.zeros(4, 2, 1, 2, 2)
+    stored[:, 0] = 1
+    teacher = Answers(torch.ones(4, 2), torch.tensor([[1, -2], [1, -2], [0, 1], [0, -2]]), stored)
+    asked: list[list[int]] = []
+
+    def explain(images: Tensor, classes: Tensor) -> Explained:
+        asked.append(classes.tolist())
+        return Explained(torch.ones(len(images), 2), torch.ones(len(images), 1, 2, 2), classes)
+
+    explainer = torch.nn.Module()
+    explainer.forward = explain
+    answer = teacher_answers_beyond(explainer)
+    found = scored(replace(whole, teacher=teacher), answer, 4, multilabel=True)
+    assert asked == [[0, 0, 1]]
+    assert found.samples["localised"].tolist() == [2, 1, 0, 0]
+    assert found["epg"] == pytest.approx((1 + 1 + 0.25) / 3)
 
 
 def test_a_mask_does_not_say_whose_it_is() -> None:

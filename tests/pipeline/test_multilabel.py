@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from artifacts.packing import write_images
 from pipeline.config import Experiment, parse
 from pipeline.data.loader import PairedRows
 from pipeline.distill import distill
-from pipeline.layout import Layout
+from pipeline.evaluate import score, student_answers
+from pipeline.layout import Layout, teacher_scores
 from pipeline.precompute import precompute
 from pipeline.progress import Quiet
 from pipeline.run import Run
@@ -103,6 +105,21 @@ def test_the_store_holds_the_map_of_every_positive_class(root: Path, fabric: Fab
     pixels = torch.from_numpy(images.read_images(several.numpy())).float() / 255
     live = explainer(pixels, classes[several, 1]).maps
     assert torch.allclose(torch.from_numpy(rows.maps[several, 0, 1]), live, rtol=2e-3, atol=1e-4)
+
+
+def test_the_teachers_epg_is_over_every_label_as_a_students_is(root: Path, fabric: Fabric) -> None:
+    """Also where the store holds the map of one class an image."""
+    layout = Layout(root)
+    few = config(explain={"classes": "positive", "most": 1}, store={"rows_per_shard": 20, "name": "few"})
+    images = open_images(layout.images("val"))
+    store = precompute(few, layout, "val", images, fabric, Quiet())
+    explainer = build_explainer(few.explain, load_teacher(few, layout, images))
+    live = score(fabric, student_answers(explainer), PairedRows(images, store, masks="any"), 24)
+    assert live.samples["localised"].sum() > 24
+    told = json.loads(layout.stores("few").read(teacher_scores("val")))
+    assert told["epg"] == pytest.approx(live["epg"], abs=1e-3)
+    assert told["iou"] == pytest.approx(live["iou"], abs=1e-2)
+    assert told["f1"] == pytest.approx(live["f1"])
 
 
 def test_batches_hold_label_tables_and_boxes(root: Path) -> None:

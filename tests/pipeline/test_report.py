@@ -147,6 +147,17 @@ def test_a_report_without_stores_images_and_histories_is_a_report(
     assert "Teacher store" not in html
 
 
+@pytest.mark.parametrize("metric", ["f1", "accuracy"])
+def test_what_scores_of_several_labels_mean_is_said(metric: str, layout: Layout, experiment_of: Tiny) -> None:
+    run = Run(finish(layout, "kd", 0, {metric: 0.5, "iou": 0.25}))
+    for epoch in range(2):
+        run.log({"epoch": epoch, "loss": 1.0, "val_iou": 0.1 * epoch})
+    report(experiment_of(), layout)
+    page = (layout.report / "report.md").read_text()
+    assert ("Images have several labels" in page) == (metric == "f1")
+    assert "![validation IoU by epoch for kd](curve-val-iou.png)" in page
+
+
 def test_a_terminals_table_is_aligned_and_in_ascii(layout: Layout, experiment_of: Tiny) -> None:
     experiment = experiment_of(seeds=[0, 1])
     for seed in (0, 1):

@@ -20,6 +20,7 @@ from artifacts.packing import write_images
 from pipeline import teach as module
 from pipeline.config import Experiment
 from pipeline.layout import Layout
+from pipeline.pareto import ParetoFront
 from pipeline.progress import Quiet
 from pipeline.run import Run
 from pipeline.stages import prepare_teacher
@@ -160,6 +161,44 @@ def test_several_labels_are_guided_one_a_step_about_their_own_boxes(
     )
     teach(experiment, layout, fabric, Quiet())
     assert sum(len(set(classes)) == 2 for classes in seen.values()) > len(seen) / 2
+
+
+def test_a_front_chooses_the_best_within_a_distance_of_its_first_score(tmp_path: Path) -> None:
+    scores = [(0.0, 0.9), (0.5, 0.8), (0.57, 0.7), (0.6, 0.4), (0.59, 0.3)]
+    log = [{"epoch": epoch, "val_f1": f1, "val_epg": epg} for epoch, (f1, epg) in enumerate(scores)]
+    chosen = [ParetoFront(tmp_path, ("f1", "epg")).best(log, "epg", within) for within in (0, 0.05, 0.2, 1)]
+    assert chosen == [3, 2, 1, 0]
+
+
+def test_a_teacher_that_looks_well_but_answers_badly_is_not_chosen(
+    tmp_path: Path, fabric: Fabric, experiment_of: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(
+        [{"f1": 0.9, "epg": 0.9}] * 1 + [{"f1": f1, "epg": epg} for f1, epg in ((0, 0.8), (0.6, 0.5))]
+    )
+    monkeypatch.setattr(module, "score", lambda *args: next(found))
+    layout = boxed(tmp_path, several=True)
+    experiment = experiment_of(
+        teacher__train__loss="bce",
+        teacher__train__guide={"by": "box"},
+        teacher__train__epochs=2,
+        teacher__train__batch_size=8,
+        teacher__train__pareto=["f1", "epg"],
+        teacher__train__best_by="epg",
+        teacher__train__within=0.05,
+    )
+    teach(experiment, layout, fabric, Quiet())
+    best, second = (
+        load_file(layout.teacher / name) for name in ("best.safetensors", "pareto/epoch-001.safetensors")
+    )
+    assert all(torch.equal(best[key], second[key]) for key in second)
+
+
+def test_within_needs_a_front(experiment_of: Tiny) -> None:
+    with pytest.raises(ConfigError, match="set best_by to a score of pareto"):
+        experiment_of(
+            teacher__train__pareto=["f1"], teacher__train__best_by="epg", teacher__train__within=0.05
+        )
 
 
 class _Killed(BaseException):

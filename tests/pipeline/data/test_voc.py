@@ -118,6 +118,13 @@ def test_corners_may_be_fractions_and_begin_at_0(base: Path) -> None:
     ]
 
 
+def test_corners_are_inclusive_so_equal_ones_are_a_pixel(base: Path) -> None:
+    assert sole(base, thing("dog", 5, 2, 5, 8), thing("car", 40, 30, 40, 30)) == [
+        [DOG, 4, 1, 5, 8],
+        [CAR, 39, 29, 40, 30],
+    ]
+
+
 @pytest.mark.parametrize("difficult", ["keep", "drop"])
 def test_packed_labels_and_boxes(base: Path, tmp_path: Path, difficult: str) -> None:
     """40 x 30 px to 20 x 15, then the middle 15: corners halve and move 2 to the left; an empty label stays one."""
@@ -178,7 +185,7 @@ def test_an_unreadable_image(base: Path) -> None:
 @pytest.mark.parametrize(
     "corners",
     [
-        (9, 2, 9, 8),
+        (0, 2, 0, 8),
         (9, 8, 12, 3),
         (-1, 2, 9, 8),
         (2, 2, 41, 8),
