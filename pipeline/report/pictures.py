@@ -103,7 +103,7 @@ def _draw(
     along: str,
     log: bool = False,
 ) -> None:
-    figure, axes = grid(1, 1, (4.6, 3.3))
+    figure, axes = grid(1, 1, (5.4, 3.3))
     axis = axes[0, 0]
     for name, points in curves.items():
         _line(axis, name, points, *styles[name])
@@ -114,7 +114,7 @@ def _draw(
     axis.spines[["top", "right"]].set_visible(False)
     if log:
         axis.set_yscale("log")
-    axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+    figure.legend(loc="outside right upper", fontsize=8, edgecolor="none")
     save(figure, path)
 
 
