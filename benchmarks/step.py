@@ -4,6 +4,7 @@ machine.
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.step                  about 4 minutes, without torch.compile
 OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.step --compile        and 1 to 3 minutes more for each row
 python -m benchmarks.step --models bcos/resnet18 --px 224 --batch 8       one row
+python -m benchmarks.step --convolutions                                  the part that no compiler can remove (CPU)
 
 A step is forward, losses, backward and Adam, on random images with a random teacher's answers already in memory. The
 kinds of a row take turns, `rounds` times, and each is represented by its best. "Every 16th" is the mean of 15 steps
@@ -67,6 +68,7 @@ def main() -> None:
         default="wall",
         help="cpu: the process's own time, for a busy machine (one thread, no accelerator)",
     )
+    parser.add_argument("--convolutions", action="store_true", help="instead, their share of the steps")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()
     fabric = start(options.precision)
@@ -76,6 +78,14 @@ def main() -> None:
         f"\n{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {options.precision}, "
         f"best of {options.rounds} rounds, {options.clock} clock; {date.today()}\n"
     )
+    if options.convolutions:
+        print(
+            "| student | px | batch | convolutions of a KD step | of a step with explanation, in KD steps |"
+        )
+        print("|---|---|---|---|---|", flush=True)
+        for case in _cases(options):
+            print(_convolutions(case, options, fabric), flush=True)
+        return
     print(
         "| student | px | batch | KD, ms | + explanation | bar | compiled | bar | compiled KD | every 16th |"
     )
@@ -116,6 +126,23 @@ def _row(case: Case, options: argparse.Namespace, fabric: Fabric) -> str:
         f"{every:.3f}x",
     ]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _convolutions(case: Case, options: argparse.Namespace, fabric: Fabric) -> str:
+    """CPU time of the convolutions, forward and backward, as shares of a whole KD step."""
+    kinds = _steps(case, options, fabric)
+    spent = {}
+    for kind in ("kd", "eager"):
+        kinds[kind]()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(options.rounds):
+                kinds[kind]()
+        events = profile.key_averages()
+        convolutions = sum(event.self_cpu_time_total for event in events if "conv" in event.key)
+        spent[kind] = convolutions, sum(event.self_cpu_time_total for event in events)
+    whole = spent["kd"][1]
+    shares = [f"{spent[kind][0] / whole:.2f}" for kind in ("kd", "eager")]
+    return f"| {' | '.join(map(str, [*case, *shares]))} |"
 
 
 def _steps(case: Case, options: argparse.Namespace, fabric: Fabric) -> dict[str, Callable[[], None]]:
