@@ -230,6 +230,12 @@ class StudentConfig(Schedule, ModelConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _l2d_has_no_temperature(self) -> StudentConfig:
+        if self.loss == "l2d" and self.temperature != 1:
+            raise ValueError("loss: l2d compares sigmoids without a temperature; remove temperature")
+        return self
+
     @property
     def label_loss(self) -> Literal["ce", "bce"] | None:
         """The loss on labels, alone or beside the teacher's logits."""

@@ -90,7 +90,13 @@ def test_the_labels_loss_beside_the_teachers(
     prepared: Layout, fabric: Fabric, experiment_of: Tiny, loss: str
 ) -> None:
     """L = kd_weight L_KD + label_weight L_labels + lambda L_exp, logged term by term."""
-    weighed = {"loss": loss, "kd_weight": 0.5, "label_weight": 0.25, "explanation_weight": 2}
+    weighed = {
+        "loss": loss,
+        "kd_weight": 0.5,
+        "label_weight": 0.25,
+        "explanation_weight": 2,
+        "temperature": 1,
+    }
     experiment = experiment_of(students={"both": weighed})
     result = _train(experiment, prepared, fabric, "both")
     assert result["splits"]
@@ -103,6 +109,11 @@ def test_the_labels_loss_beside_the_teachers(
 def test_there_is_nothing_to_weigh_without_a_teachers_logits(experiment_of: Tiny, weight: str) -> None:
     with pytest.raises(ConfigError, match=r"loss: ce has labels only. Remove them, or set loss"):
         experiment_of(students={"ce": {"loss": "ce", weight: 0.5}})
+
+
+def test_l2d_has_no_temperature(experiment_of: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"students\.a: .*remove temperature"):
+        experiment_of(students={"a": {"loss": "l2d", "temperature": 3}})
 
 
 def test_mixed_labels_beside_frozen_targets(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
