@@ -21,7 +21,7 @@ from pipeline.report.page import page
 from pipeline.report.results import Results
 from pipeline.report.tables import short_table
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the pictures or the page are drawn otherwise, so that old reports are drawn again."""
 
 

@@ -26,7 +26,7 @@ from pipeline.student import load_student
 PER_SPLIT = 4
 """Example images of each split: the first ones of the classes in turn, never picked by how they look."""
 
-MOST_SPLITS, MOST_METHODS = 2, 7
+MOST_SPLITS, MOST_METHODS = 2, 12
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
@@ -60,9 +60,9 @@ def draw_gallery(results: Results, folder: Path) -> list[Block]:
             continue
         file = f"maps-{split.replace('/', '--')}.png"
         draw_examples(examples, answers, folder / file)
-        blocks.append(
-            Picture(file, _alt(split, examples, answers), _caption(split), 110 * (1 + len(answers)))
-        )
+        left_out = [method.name for method in results.methods[MOST_METHODS:]]
+        caption = _caption(split) + (f" Not shown: {', '.join(left_out)}." if left_out else "")
+        blocks.append(Picture(file, _alt(split, examples, answers), caption, 110 * (1 + len(answers))))
     return blocks
 
 
