@@ -28,8 +28,9 @@ Samples = dict[str, Tensor]
 class Scores(dict[str, float]):
     """Means over a split by name; `samples` has what they are means of, f32 [rows] each, NaN where undefined.
 
-    F1 is there as its three counts per row (`f1_hits`, `f1_predicted`, `f1_true`). Where rows have several labels,
-    `localised` says how many of a row's labels its epg and iou are means of: the split's are means over all labels.
+    F1 is there as its three counts per row (`f1_hits`, `f1_predicted`, `f1_true`), the calibration error as the top-1's
+    probability (`confidence`), scores of groups as each row's `group`. Where rows have several labels, `localised` says
+    how many of a row's labels its epg and iou are means of: the split's are means over all labels.
     """
 
     samples: Samples
@@ -92,13 +93,13 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
     own = {name: torch.cat(found)[: len(mine)] for name, found in parts.items()}
     samples = {name: _gathered(fabric, values, len(data.rows)) for name, values in own.items()}
     scores = Scores(_summary(samples))
-    scores.samples = {name: values for name, values in samples.items() if not name.startswith("_")}
+    scores.samples = samples
     return scores
 
 
 @torch.no_grad()
 def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
-    """Per-sample values [B], the same names for every batch of a split; names with _ are for the summary only."""
+    """Per-sample values [B], the same names for every batch of a split: what `Scores.samples` has."""
     images = batch.images.float() / 255
     logits, maps = answer(images, batch.teacher.classes[:, 0] if batch.teacher else None, batch.teacher)
     values: Samples = {"dead": metrics.dead(maps)}
@@ -107,7 +108,7 @@ def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
     elif data.labelled:
         values |= _of_labels(logits, batch.labels)
     if batch.groups is not None:
-        values["_group"] = batch.groups
+        values["group"] = batch.groups
     if batch.teacher is not None:
         values["agreement"] = logits.argmax(1) == batch.teacher.logits.argmax(1)
         values |= _cosines(answer, images, batch.teacher, maps)
@@ -120,7 +121,7 @@ def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
 
 def _of_labels(logits: Tensor, labels: Tensor) -> Samples:
     values: Samples = {"accuracy": logits.argmax(1) == labels}
-    values["_confidence"] = logits.softmax(1).amax(1)
+    values["confidence"] = logits.softmax(1).amax(1)
     if logits.shape[1] > 5:
         values["top5"] = metrics.in_top(logits, labels, 5)
     return values
@@ -200,18 +201,18 @@ def _summary(samples: Samples) -> dict[str, float]:
     means = {
         name: float(values.double().nanmean())
         for name, values in samples.items()
-        if not name.startswith(("_", "f1_", "localised")) and not values.isnan().all()
+        if not name.startswith(("f1_", "localised", "group", "confidence")) and not values.isnan().all()
     }
     if "f1_hits" in samples:
         hits, predicted, true = (
             float(samples[f"f1_{name}"].double().sum()) for name in ("hits", "predicted", "true")
         )
         means["f1"] = 2 * hits / max(predicted + true, 1.0)
-    if "_confidence" in samples:
-        means["ece"] = metrics.calibration_error(samples["_confidence"], samples["accuracy"])
+    if "confidence" in samples:
+        means["ece"] = metrics.calibration_error(samples["confidence"], samples["accuracy"])
     if "localised" in samples:
         means |= _over_labels(samples)
-    if "_group" in samples:
+    if "group" in samples:
         means |= _by_group(samples)
     return means
 
@@ -228,7 +229,7 @@ def _by_group(samples: Samples) -> dict[str, float]:
     for metric in ("accuracy", "agreement"):
         if metric not in samples:
             continue
-        groups = {int(g): samples["_group"] == g for g in samples["_group"].unique() if g >= 0}
+        groups = {int(g): samples["group"] == g for g in samples["group"].unique() if g >= 0}
         of_group = {g: float(samples[metric][rows].double().mean()) for g, rows in groups.items()}
         found |= {f"group_{g}_{metric}": value for g, value in of_group.items()}
         if of_group:

@@ -14,9 +14,9 @@ from pipeline.report.tables import candidate_table, group_tables, score_table
 READING = (
     "Mean ± standard deviation over seeds. Below a score: the difference to the baseline, the method with the same "
     "settings but lambda = 0, with the 95 % interval of a paired bootstrap over rows and seeds (2,000 resamples; none "
-    "for scores of groups and the calibration error, nor where a run's scores per row are not there). Few seeds say "
-    "little of the next seed. EPG counts a dead (all-zero) map as 0; a high share of dead maps makes EPG and map "
-    "cosine meaningless. Map cosine is to the teacher's map of the same class, at the student's resolution."
+    "where a run's scores per row are not there). Few seeds say little of the next seed. EPG counts a dead (all-zero) "
+    "map as 0; a high share of dead maps makes EPG and map cosine meaningless. Map cosine is to the teacher's map of "
+    "the same class, at the student's resolution."
 )
 
 SEVERAL_LABELS = (

@@ -109,7 +109,8 @@ def test_accuracy_top5_and_groups(batch_size: int) -> None:
     assert found["group_0_accuracy"] == 1
     assert found["group_1_accuracy"] == found["worst_group_accuracy"] == 0
     assert found.samples["accuracy"].tolist() == [1, 1, 0, 0, 0]
-    assert "_group" not in found.samples
+    assert found.samples["group"].tolist() == [0, 0, 1, 1, 1]
+    assert not {"group", "confidence"} & set(found)
     assert "agreement" not in found
 
 

@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.metrics import calibration_error
 from pipeline.report.statistics import Samples, paired_intervals, summarise
 
 NAN = math.nan
@@ -77,6 +79,66 @@ def test_rows_without_a_value_are_left_out_and_metrics_without_any_are_not_there
     found = paired_intervals([own], [base])
     assert list(found) == ["epg"]
     assert found["epg"].difference == 0.5
+
+
+def _grouped(accuracy: list[float], group: list[float]) -> Samples:
+    return {"accuracy": np.array(accuracy, np.float32), "group": np.array(group, np.float32)}
+
+
+def test_groups_and_the_worst_of_them() -> None:
+    """Group 0 is won, group 1 lost, the row of no group counts nowhere but in the accuracy."""
+    group = [0, 0, 1, 1, -1]
+    found = paired_intervals([_grouped([1, 1, 1, 0, 0], group)], [_grouped([0, 0, 1, 1, 1], group)])
+    assert list(found) == ["accuracy", "group_0_accuracy", "group_1_accuracy", "worst_group_accuracy"]
+    assert found["group_0_accuracy"] == (1, 1, 1)  # a resample without the group has no score
+    assert found["group_1_accuracy"] == (-0.5, -1, 0)
+    assert found["worst_group_accuracy"].difference == 0.5 - 0
+    assert found["accuracy"].difference == pytest.approx(0)
+
+
+def test_the_worst_group_is_found_anew_in_every_resample() -> None:
+    rng = np.random.default_rng(2)
+    group = rng.integers(2, size=400).astype(float)
+    runs = [_grouped([*(rng.random(400) < 0.5).astype(float)], [*group]) for _ in range(2)]
+    found = paired_intervals(runs[:1], runs[1:])
+    means = [min(r["accuracy"][group == g].mean(dtype=float) for g in (0, 1)) for r in runs]
+    assert found["worst_group_accuracy"].difference == pytest.approx(means[0] - means[1])
+    times = np.bincount(np.random.default_rng(0).integers(400, size=400), minlength=400)
+    one = paired_intervals(runs[:1], runs[1:], resamples=1)["worst_group_accuracy"]
+    drawn = [
+        min((times * r["accuracy"])[group == g].sum() / times[group == g].sum() for g in (0, 1)) for r in runs
+    ]
+    assert one.low == one.high == pytest.approx(drawn[0] - drawn[1])
+
+
+def test_the_calibration_error_is_that_of_the_metric() -> None:
+    rng = np.random.default_rng(5)
+    runs: list[Samples] = [
+        {
+            "accuracy": (rng.random(300) < 0.7).astype(np.float32),
+            "confidence": np.concatenate([[0.2, 1.0, 1 / 15], rng.random(297)]).astype(np.float32),
+        }
+        for _ in range(2)
+    ]
+    found = paired_intervals(runs[:1], runs[1:])["ece"]
+    own, base = (
+        calibration_error(torch.from_numpy(r["confidence"]), torch.from_numpy(r["accuracy"])) for r in runs
+    )
+    assert found.difference == pytest.approx(own - base, abs=1e-12)
+    assert found.low < found.difference < found.high
+
+
+def test_runs_of_an_old_version_have_no_groups_and_the_rest_is_paired() -> None:
+    new, old = _grouped([1, 0], [0, 1]), _rows(0, 0)
+    assert list(paired_intervals([new], [old])) == ["accuracy"]
+
+
+def test_how_many_resamples_are_weighed_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    own, base = ([_rows(*rng.random(20)), _rows(*rng.random(20))] for _ in "ab")
+    expected = paired_intervals(own, base, resamples=120)["accuracy"]
+    monkeypatch.setattr("pipeline.report.statistics.AT_ONCE", 7)
+    assert paired_intervals(own, base, resamples=120)["accuracy"] == pytest.approx(expected)
 
 
 def test_what_cannot_be_paired_has_no_interval_and_draws_repeat() -> None:
