@@ -131,7 +131,6 @@ def distill(
     if run.done:
         return run.result()
 
-    started = time.monotonic()
     classes = class_count(experiment, images)
     data = _training_rows(settings, images, store, name)
     torch.manual_seed(seed)
@@ -150,7 +149,7 @@ def distill(
         compiled = CompiledLosses(StepLosses(settings), explainer, fabric, progress.say)
     elif settings.compile:
         progress.say("train.compile: a prior method's step is not compiled; it runs eagerly")
-    fit(
+    trained = fit(
         fabric,
         prior or explainer,
         net.net,
@@ -170,12 +169,9 @@ def distill(
         progress=progress,
         label=f"{name} seed {seed}",
     )
-    trained = time.monotonic() - started
+    started = time.monotonic()
     result = evaluate_student(experiment, layout, fabric, name, seed)
-    result["seconds"] = {
-        "train": round(trained, 1),
-        "evaluate": round(time.monotonic() - started - trained, 1),
-    }
+    result["seconds"] = {"train": round(trained, 1), "evaluate": round(time.monotonic() - started, 1)}
     if fabric.is_global_zero:
         run.finish(result)
     fabric.barrier()

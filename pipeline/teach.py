@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +90,6 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
     if run.done:
         return run.result()
 
-    started = time.monotonic()
     torch.manual_seed(settings.seed)
     net = build(experiment.teacher, class_count(experiment, images))
     if settings.init:
@@ -104,7 +102,7 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
         images, masks=settings.guide.by if settings.guide else None, cache_mib=settings.cache_mib
     )
     validation = _validation_rows(experiment, layout, settings)
-    fit(
+    trained = fit(
         fabric,
         explainer if settings.guide else net,
         net.net,
@@ -138,7 +136,7 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
         progress=progress,
         label="teach",
     )
-    result = {"seconds": {"train": round(time.monotonic() - started, 1)}}
+    result = {"seconds": {"train": round(trained, 1)}}
     if fabric.is_global_zero:
         _keep_within(run, front, settings)
         run.finish(result)

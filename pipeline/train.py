@@ -49,13 +49,14 @@ def fit(
     front: ParetoFront | None = None,
     progress: Progress,
     label: str,
-) -> None:
+) -> float:
     """Train `module` (which contains `net`, whose weights are kept) from the run's checkpoint to its last epoch.
 
     The result is in `last.safetensors` or, by `settings.keep` and `best_by`, `best.safetensors` (`kept_weights`), and
     the checkpoints of `front` in its files. Killed and started again, it ends with the same weights as in one go on the
     same device: order, augmentation and the random state are functions of (seed, epoch), and a checkpoint is one atomic
-    file with all of `module`. Raises ConfigError where validation does not give a score that was asked for.
+    file with all of `module`. Returns the seconds it took, those up to the checkpoint included (on the first process).
+    Raises ConfigError where validation does not give a score that was asked for.
     """
     optimizer = build_optimizer(module, settings)
     state = run.load_state()
@@ -75,7 +76,8 @@ def fit(
 
     total = settings.epochs * len(batches)
     pending: list[dict[str, float]] = []
-    started = time.monotonic()
+    history = run.history() if fabric.is_global_zero else []
+    started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     with progress.bar(label, total, "step") as advance:
         advance(first * len(batches))
         for epoch in range(first, settings.epochs):
@@ -95,7 +97,6 @@ def fit(
                 logged.append({name: value.detach() for name, value in values.items()} | {"grad_norm": norm})
                 advance(1)
             line = _mean_of_epoch(fabric, logged, epoch, len(batches))
-            line |= {"seconds": round(time.monotonic() - started, 2)}
             due = (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
             if due and validate:
                 wrapped.eval()
@@ -108,7 +109,7 @@ def fit(
                         save_weights(net, run.path / "best.safetensors")
                 if front and fabric.is_global_zero:
                     front.offer(run.history(), epoch, scores, net)
-            pending.append(line)
+            pending.append(line | {"seconds": round(time.monotonic() - started, 2)})
             if due and fabric.is_global_zero:
                 # The log goes first: lines after the checkpoint's epoch are dropped on resume.
                 for entry in pending:
@@ -119,6 +120,7 @@ def fit(
             if due:
                 pending.clear()
             fabric.barrier()
+    return time.monotonic() - started
 
 
 def _clip(module: nn.Module, settings: Schedule) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,15 +109,24 @@ def compare_killed_run(
             patched.setattr(distill.StudentStep, "__call__", dies)
             with pytest.raises(_Killed):
                 train()
+        resumed = layout.run(student, 1)
+        began = _hours_later(Run(resumed))
         torch.manual_seed(12345)  # whatever happened in between
         train()
-        resumed = layout.run(student, 1)
+        assert Run(resumed).result()["seconds"]["train"] >= began - 0.1
         for file in whole.glob("*.safetensors"):
             a, b = load_file(file), load_file(resumed / file.name)
             assert all(torch.equal(a[key], b[key]) for key in a), file
         assert _history(whole) == _history(resumed)
 
     return compare
+
+
+def _hours_later(run: Run) -> float:
+    """As if the logged epochs had taken an hour more; returns the last one's seconds."""
+    lines = [line | {"seconds": line["seconds"] + 3600} for line in run.history()]
+    run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return float(lines[-1]["seconds"]) if lines else 0.0
 
 
 def _history(run: Path) -> list[dict[str, object]]:
