@@ -78,7 +78,7 @@ def audit(
         advance(len(part))
     agrees, cosine = torch.cat(same), torch.cat(cosines)
     error = torch.cat(errors) / torch.cat(ranges).mean().clamp(min=1e-12)
-    deviates = ~agrees | (error > LOGIT_TOLERANCE) | (cosine < allowed)
+    deviates = ~(agrees & (error <= LOGIT_TOLERANCE) & (cosine >= allowed))  # NaN deviates
     return Audit(
         rows=len(rows),
         of=len(store),

@@ -29,8 +29,8 @@ __all__ = ["PairedAugment", "warp"]
 
 _NOMINAL = 256
 """Output size the crop is told. theta is normalised, so it cancels; a power of two cancels exactly."""
-_ANTIALIAS_ABOVE = 256
-"""Canvases up to 256 px need no antialiasing for a crop to 224 px (>= 48 dB against torchvision's)."""
+_ANTIALIAS_ABOVE = 256 / 224
+"""A 256 px canvas needs no antialiasing for images of 224 px (>= 48 dB against torchvision's)."""
 _COLOUR_COLUMN = 2**20
 """First column of the colour draws: colour settings never change the geometry."""
 
@@ -97,7 +97,7 @@ class PairedAugment:
         size, canvas = as_size(self.size, images.shape[-2:]), images.shape[-1]
         if self._geometry is None and size == images.shape[-2:]:
             return images.float() / 255
-        reduce = canvas > _ANTIALIAS_ABOVE and canvas > size[0]
+        reduce = canvas / size[0] > _ANTIALIAS_ABOVE
         if reduce and not self._leaves_frame:
             return shrink(images, theta, size) / 255
         theta = theta.to(images.device)

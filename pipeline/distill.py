@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -191,8 +193,22 @@ def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStor
             f"{images.place} has lists of them; use loss: bce or l2d, and rows instead of shots"
         )
     rows = select_rows(images.labels, settings.rows, settings.shots)
+    _check_shots(settings, images, rows, name)
     frozen = settings.mode == "frozen" and settings.needs_teacher
     return PairedRows(images, store if frozen else None, rows=rows, cache_mib=settings.cache_mib)
+
+
+def _check_shots(settings: StudentConfig, images: ImageSet, rows: np.ndarray, name: str) -> None:
+    if settings.shots is None:
+        return
+    labels = images.labels
+    seen = Counter(labels[row] for row in rows.tolist())
+    few = [label for label in range(len(images.classes)) if seen[label] < settings.shots]
+    if few:
+        raise ConfigError(
+            f"student {name} asks for shots: {settings.shots}, but class {images.classes[few[0]]} has {seen[few[0]]} "
+            f"images in {images.place}{' (with rows)' if settings.rows else ''}; lower shots"
+        )
 
 
 def _paired_augment(

@@ -21,7 +21,9 @@ _ORDER_COLUMN = 2**32
 CLASS_COLUMN = 2**33
 """Which of its explained classes a sample's step is about."""
 _MIXUP_COLUMN = 2**34
-RAND_AUGMENT_COLUMN = 2**35
+GUIDED_CLASS_COLUMN = 2**35
+"""Which of its labels a teacher's step is guided about."""
+RAND_AUGMENT_COLUMN = 2**36
 """A sample's RandAugment."""
 
 

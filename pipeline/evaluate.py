@@ -16,6 +16,7 @@ from pipeline import metrics
 from pipeline.data.loader import Answers, Batch, PairedRows
 from pipeline.explainers import heat
 from pipeline.launch import reduced
+from pipeline.train import Diverged
 from pipeline.warp import resample
 
 Answer = Callable[[Tensor, Tensor | None, Answers | None], tuple[Tensor, Tensor]]
@@ -37,8 +38,14 @@ class Scores(dict[str, float]):
 
 
 def student_answers(explainer: nn.Module) -> Answer:
+    """Of the network itself. Raises Diverged for logits or maps that are not finite."""
+
     def answer(images: Tensor, classes: Tensor | None, _: Answers | None) -> tuple[Tensor, Tensor]:
         explained = explainer(images, classes)
+        if not (explained.logits.isfinite().all() and explained.maps.isfinite().all()):
+            raise Diverged(
+                "the network answers with NaN or infinity; train it with a lower lr or with clip_norm"
+            )
         return explained.logits, explained.maps
 
     return answer

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.draws import Ids, uniform
+from pipeline.draws import GUIDED_CLASS_COLUMN, Ids, uniform
 from pipeline.metrics import boxes_to_mask
 
 Kind = Literal["energy", "l1", "ppce", "rrr"]
@@ -30,8 +30,6 @@ _DEAD = 1e-14
 """Maps whose largest magnitude is below count as all-zero: their gradients' squares would overflow float32."""
 _FAINT = 1e-4
 """`ppce` takes the logarithm of this share of the maximum at least: the gradient stays below 1 / it."""
-_CLASS_COLUMN = 2**35
-"""Which of an image's labels is guided; far from the columns of order and augmentation (`pipeline.draws`)."""
 
 
 def guidance_loss(kind: Kind, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +62,7 @@ def guided_classes(labels: Tensor, ids: Ids, seed: int, epoch: int) -> Tensor:
     if not labels.is_floating_point():
         return labels
     present = labels > 0
-    draw = torch.from_numpy(uniform(seed, epoch, ids, [_CLASS_COLUMN])).to(labels.device)
+    draw = torch.from_numpy(uniform(seed, epoch, ids, [GUIDED_CLASS_COLUMN])).to(labels.device)
     rank = (draw * present.sum(1, keepdim=True)).long()
     return (present & (present.cumsum(1) - 1 == rank)).int().argmax(1)
 

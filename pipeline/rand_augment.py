@@ -17,7 +17,7 @@ def rand_augment(images: Tensor, magnitude: int, seed: int, epoch: int, ids: Ids
     """Two operations of `magnitude` (of 30 steps) on each image, drawn by (seed, epoch, identity).
 
     Images float32 [B,3,H,W] in 0..1, before and after; between them 8 bits a channel, for which the operations are.
-    torch's own generator is left as it was.
+    torch's own generators are left as they were.
     """
     transform = RandAugment(magnitude=magnitude, interpolation=InterpolationMode.BILINEAR)
     states = bits(seed, epoch, ids, [RAND_AUGMENT_COLUMN])[:, 0]
@@ -28,5 +28,5 @@ def rand_augment(images: Tensor, magnitude: int, seed: int, epoch: int, ids: Ids
 
 
 def _one(transform: RandAugment, image: Tensor, state: int) -> Tensor:
-    torch.manual_seed(state)
+    torch.default_generator.manual_seed(state)  # the CPU's alone, from which torchvision draws
     return transform(image)

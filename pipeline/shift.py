@@ -12,6 +12,7 @@ from artifacts import ImageSet
 from artifacts.errors import ConfigError
 from pipeline.config import EvaluateConfig
 from pipeline.metrics import shift_similarity
+from pipeline.train import Diverged
 
 BATCH = 32
 
@@ -23,7 +24,8 @@ def shift_curve(
     """{"shifts": px, "cosine": mean over images}: maps of diagonally shifted images on the area that both show.
 
     The explained class is the model's own for the image that is not shifted. Up to `evaluate.shift_images` images,
-    evenly over the set; one whose own map is all-zero does not count. Raises ConfigError for a shift of a whole image.
+    evenly over the set; one whose own map is all-zero does not count. Raises ConfigError for a shift of a whole image,
+    Diverged for maps that are not finite.
     """
     if max(settings.shifts, default=0) >= images.size:
         raise ConfigError(
@@ -42,6 +44,8 @@ def shift_curve(
 
         found.append(shift_similarity(explain, pixels, (0, *settings.shifts)))
     cosines = torch.cat(found, 1).cpu()
+    if not cosines.isfinite().all():
+        raise Diverged("the network's maps of shifted images are NaN or infinite; train it with a lower lr")
     alive = cosines[0] > 0.5  # an all-zero map is not even like itself
     means = cosines[1:, alive].mean(1) if alive.any() else torch.zeros(len(settings.shifts))
     return {"shifts": list(settings.shifts), "cosine": [round(float(value), 5) for value in means]}

@@ -32,7 +32,7 @@ DEFAULT_SCORES = ("f1", "accuracy", "agreement")
 
 
 class Diverged(E2kdError):
-    """The loss became NaN or infinite."""
+    """The loss, or what the network answers, became NaN or infinite."""
 
 
 def fit(
@@ -252,4 +252,6 @@ def _mean_of_epoch(
 
 
 def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    return (seed * 1_000_003 + epoch) * 1_009 + rank
+    return (
+        (seed + 1) * 1_000_003 + epoch
+    ) * 1_009 + rank  # never a small number: runs' seeds begin the networks

@@ -116,7 +116,10 @@ class TeachConfig(Schedule):
     """How `e2kd teach` trains the teacher: on the labels of `split`, optionally guided."""
 
     split: str = "train"
-    seed: int = 0
+    seed: int = Field(
+        1000,
+        description="other than the students' seeds: with the same one, equal networks begin with equal weights",
+    )
     init: str | None = Field(
         None, description="weights to start from, written as `weights`; a head for other classes starts anew"
     )

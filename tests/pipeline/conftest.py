@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "teacher": {
         "model": "toy/resnet",
         "width": 4,
-        "train": {"epochs": 2, "lr": 3e-3, "guide": {"by": "mask"}},
+        "train": {"epochs": 2, "lr": 3e-3, "seed": 0, "guide": {"by": "mask"}},
     },
     "train": {"model": "toy/resnet", "width": 4, "rows": 64, "epochs": 3, "batch_size": 16, "lr": 3e-3},
     "students": {

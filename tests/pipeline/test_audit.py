@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from artifacts import TeacherRows, open_images, open_store, verify_store
 from artifacts.codecs import get_codec
@@ -263,6 +264,20 @@ def test_dead_maps_on_both_sides_agree_and_no_range_divides_by_nothing(
     quiet: Any = Silent()
     found = audit(quiet, images, store, np.arange(96), batch_size=50, device=CPU, advance=lambda _: None)
     assert (found.deviating, found.map_cosine, found.logit_error) == (0, (1.0, 1.0), (0.0, 0.0))
+
+
+def test_nan_deviates(prepared: Layout, experiment_of: Callable[..., Experiment]) -> None:
+    class Lost:
+        def __call__(self, images: Tensor, classes: Tensor) -> Explained:
+            return Explained(
+                torch.zeros(len(images), 2), torch.full((len(images), 1, 12, 12), torch.nan), classes
+            )
+
+    images = open_images(prepared.images("val"))
+    store = open_store(prepared.store(experiment_of().store_name, "val"))
+    lost: Any = Lost()
+    found = audit(lost, images, store, np.arange(96), batch_size=50, device=CPU, advance=lambda _: None)
+    assert found.deviating == 96
 
 
 # ---- the command line

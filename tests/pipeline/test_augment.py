@@ -255,11 +255,12 @@ def test_sampling_grid_is_affine_grid() -> None:
     torch.testing.assert_close(sampling_grid(theta, (9, 5)), expected, atol=1e-6, rtol=0)
 
 
-def test_large_canvases_are_shrunk_as_torchvision_does() -> None:
-    images, ids = pixels(6, 320), np.arange(6, dtype=np.uint64)
+@pytest.mark.parametrize("canvas", [320, 128])
+def test_canvases_larger_than_the_images_are_shrunk_as_torchvision_does(canvas: int) -> None:
+    images, ids = pixels(6, canvas), np.arange(6, dtype=np.uint64)
     augment = PairedAugment(AugmentConfig(vflip=0.0), size=96)
     ours, _, theta = augment(images, None, ids, 0)
-    boxes, mirrored = drawn_boxes(augment, ids, 320, 0)
+    boxes, mirrored = drawn_boxes(augment, ids, canvas, 0)
     for image, found, box, flip in zip(images, ours, boxes.long().tolist(), mirrored, strict=True):
         x0, y0, x1, y1 = box
         expected = TV.resized_crop(image.float() / 255, y0, x0, y1 - y0, x1 - x0, [96, 96], antialias=True)

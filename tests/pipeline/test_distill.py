@@ -18,6 +18,7 @@ from pipeline.distill import distill
 from pipeline.layout import Layout
 from pipeline.progress import Quiet
 from pipeline.run import Run
+from pipeline.train import Diverged
 from pipeline.warp import resample
 
 Tiny = Callable[..., Experiment]
@@ -124,6 +125,25 @@ def test_mixed_labels_beside_frozen_targets(prepared: Layout, fabric: Fabric, ex
 def test_a_diverging_run_names_the_step(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
     with pytest.raises(Exception, match=r"not finite at step \d+ \(epoch \d\)"):
         _train(experiment_of(train__lr=1e30), prepared, fabric, "kd-frozen")
+
+
+def test_a_run_that_diverges_in_its_last_step_is_not_scored(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    """No loss comes after it: the network's own answers tell."""
+    steep = {"lr": 1e30, "optimizer": "adam", "warmup": 0, "epochs": 1, "batch_size": 96}
+    experiment = experiment_of(students={"kd": {"mode": "online", **steep}})
+    with pytest.raises(Diverged, match="answers with NaN or infinity"):
+        _train(experiment, prepared, fabric, "kd")
+    assert not Run(prepared.run("kd", 0)).done
+    assert not list(prepared.run("kd", 0).glob("*.safetensors"))
+
+
+def test_too_few_images_for_the_shots_is_an_error(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    with pytest.raises(ConfigError, match=r"student kd asks for shots: 50, but class \w+ has \d+ images in"):
+        _train(experiment_of(students={"kd": {"shots": 50}}), prepared, fabric, "kd")
 
 
 def test_damaged_checkpoint_is_an_error_with_a_mend(

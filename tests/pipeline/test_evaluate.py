@@ -34,6 +34,7 @@ from pipeline.evaluate import (
     samples_file,
     save_samples,
     score,
+    student_answers,
     teacher_answers,
     teacher_answers_beyond,
 )
@@ -41,6 +42,7 @@ from pipeline.explainers import Explained
 from pipeline.launch import start
 from pipeline.layout import Layout
 from pipeline.shift import shift_curve
+from pipeline.train import Diverged
 
 SIZE = 8
 ROOT = Path(__file__).parents[2]
@@ -403,6 +405,28 @@ class Still(torch.nn.Module):
     def forward(self, images: Tensor, classes: Tensor | None = None, explain: bool = True) -> Explained:
         logits = images.mean((2, 3))
         return Explained(logits, torch.ones(len(images), 1, 2, 2), logits.argmax(1))
+
+
+class Lost(Still):
+    """A network that answers some images with NaN."""
+
+    def forward(self, images: Tensor, classes: Tensor | None = None, explain: bool = True) -> Explained:
+        whole = super().forward(images, classes, explain)
+        maps = whole.maps.where(torch.arange(len(images))[:, None, None, None] > 0, torch.nan)
+        return Explained(whole.logits, maps, whole.classes)
+
+
+def test_a_diverged_network_has_no_scores(tmp_path: Path) -> None:
+    """NaN maps would be left out of EPG as rows without an annotation are, and raise it."""
+    whole, _ = batch(LOGITS, LABELS)
+    with pytest.raises(Diverged, match="NaN or infinity"):
+        scored(whole, student_answers(Lost()))
+    layout = Layout(tmp_path)
+    packed(layout)
+    with pytest.raises(Diverged, match="maps of shifted images"):
+        shift_curve(
+            Lost(), open_images(layout.images("val")), EvaluateConfig(shifts=(1,)), torch.device("cpu")
+        )
 
 
 def test_a_shift_must_leave_something_of_the_image(tmp_path: Path) -> None:

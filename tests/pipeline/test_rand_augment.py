@@ -47,6 +47,15 @@ def test_a_sample_is_bit_identical_in_any_batch_and_the_generator_is_left_alone(
     assert torch.equal(torch.rand(3), after)
 
 
+def test_gpus_keep_their_random_numbers(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(seed: int) -> None:
+        raise AssertionError(seed)
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refused)
+    monkeypatch.setattr(torch.cuda, "manual_seed", refused)
+    rand_augment(images, 10, 0, 1, IDS)
+
+
 def test_epochs_and_seeds_differ_and_values_stay_in_range(images: Tensor) -> None:
     first = rand_augment(images, 30, 0, 0, IDS)
     assert not torch.equal(first, rand_augment(images, 30, 0, 1, IDS))
