@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -69,6 +71,12 @@ class ManifestDraft(Record):
     shape: StoreShape
     logits: CodecInfo
     maps: CodecInfo
+
+    @property
+    def identity(self) -> str:
+        """A digest of the draft, by which other files say which store they were measured on."""
+        draft = self.model_dump(mode="json", include=set(ManifestDraft.model_fields))
+        return hashlib.sha256(json.dumps(draft, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class ObjectRecord(Record):

@@ -36,7 +36,7 @@ from pipeline.run import Run, run_settings, student_defaults
 from pipeline.student import evaluate_student, score_student, scored_rows
 from pipeline.targets import class_share, drawn, drawn_targets, mixed, mixed_targets, positive_classes
 from pipeline.teacher import build_explainer, class_count, load_teacher
-from pipeline.train import fit
+from pipeline.train import Diverged, fit
 from pipeline.warp import resample
 
 
@@ -121,7 +121,8 @@ def distill(
 ) -> dict[str, Any]:
     """Train and score student `name` with `seed`, or continue, or return the result that is there.
 
-    Raises ConfigError where the student does not fit the data or the run was begun with other settings.
+    Raises ConfigError where the student does not fit the data or the run was begun with other settings, Diverged where
+    training diverged, now or before with the same settings.
     """
     settings = experiment.students[name]
     run = Run(layout.run(name, seed))
@@ -132,7 +133,33 @@ def distill(
     fabric.barrier()
     if run.done:
         return run.result()
+    if run.diverged:
+        raise Diverged(f"{run.diverged} (earlier; to try it again: rm {run.path / 'diverged'})")
+    try:
+        result = _train_and_score(experiment, layout, fabric, name, seed, run, images, store, progress)
+    except Diverged as error:
+        if fabric.is_global_zero:
+            run.write("diverged", str(error).encode())
+        raise
+    if fabric.is_global_zero:
+        run.finish(result)
+    fabric.barrier()
+    return result
 
+
+def _train_and_score(
+    experiment: Experiment,
+    layout: Layout,
+    fabric: Fabric,
+    name: str,
+    seed: int,
+    run: Run,
+    images: ImageSet,
+    store: TeacherStore,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The contents of result.json."""
+    settings = experiment.students[name]
     classes = class_count(experiment, images)
     data = _training_rows(settings, images, store, name)
     torch.manual_seed(seed)
@@ -174,9 +201,6 @@ def distill(
     started = time.monotonic()
     result = evaluate_student(experiment, layout, fabric, name, seed)
     result["seconds"] = {"train": round(trained, 1), "evaluate": round(time.monotonic() - started, 1)}
-    if fabric.is_global_zero:
-        run.finish(result)
-    fabric.barrier()
     return result
 
 
@@ -191,6 +215,10 @@ def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStor
         raise ConfigError(
             f"student {name} ({'for the loss ce' if by_labels == 'ce' else 'shots'}) needs one label an image, but "
             f"{images.place} has lists of them; use loss: bce or l2d, and rows instead of shots"
+        )
+    if settings.rows and settings.rows > len(images):
+        raise ConfigError(
+            f"student {name} asks for rows: {settings.rows}, but {images.place} has {len(images)}; lower rows"
         )
     rows = select_rows(images.labels, settings.rows, settings.shots)
     _check_shots(settings, images, rows, name)

@@ -17,6 +17,7 @@ from torch import nn
 from artifacts import ImageSet, TeacherRows, TeacherStore, open_images, open_store
 from artifacts.codecs import get_codec
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
+from artifacts.places import Place
 from artifacts.writer import ShardStream, StoreWriter
 from pipeline.codec_cost import codec_cost
 from pipeline.codec_cost import tell as tell_cost
@@ -142,39 +143,49 @@ def _read_ahead(
 
 
 def measure(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
-    """Measure, once, what storing and freezing cost, under the students' geometry, and say it."""
+    """Measure, once a store, what storing and freezing cost, under the students' geometry, and say it."""
     beside = layout.stores(experiment.store_name)
     if not fabric.is_global_zero:
         return
     _measure_shift(experiment, layout, fabric)
-    if all(beside.exists(name) for name in (FREEZING_GAP, CODEC_COST)):
-        return
     student = next(iter(experiment.students.values()))
+    store = open_store(layout.store(experiment.store_name, student.split))
+    of = {"store": store.manifest.identity}
+    if all(_measured(beside, name, of) for name in (FREEZING_GAP, CODEC_COST)):
+        return
     images = open_images(layout.images(student.split))
     teacher = load_teacher(experiment, layout, images)
     explainer = build_explainer(experiment.explain, teacher).to(fabric.device)
-    store = open_store(layout.store(experiment.store_name, student.split))
     cost = codec_cost(explainer, images, store, student.augment, fabric.device)
-    beside.write(CODEC_COST, _json(cost))
+    beside.write(CODEC_COST, _json(of | cost))
     progress.say(tell_cost(cost))
     gap = freezing_gap(explainer, images, store, student.augment, fabric.device)
-    beside.write(FREEZING_GAP, _json(gap))
+    beside.write(FREEZING_GAP, _json(of | gap))
     progress.say(tell_gap(gap))
+
+
+def _measured(beside: Place, name: str, of: dict[str, Any]) -> bool:
+    """Is what was measured there, and with these particulars: of this store, of this split ...?"""
+    if not beside.exists(name):
+        return False
+    known: dict[str, Any] = json.loads(beside.read(name))
+    return known.items() >= of.items()
 
 
 def _measure_shift(experiment: Experiment, layout: Layout, fabric: Fabric) -> None:
     """The teacher's own shift curve, where `evaluate.shifts` asks for one and it is not there."""
     settings, beside = experiment.evaluate, layout.stores(experiment.store_name)
-    known = json.loads(beside.read(SHIFT_CURVE)) if beside.exists(SHIFT_CURVE) else {}
-    asked = {"split": settings.splits[0], "shifts": list(settings.shifts)}
-    if not settings.shifts or known.items() >= asked.items():
+    if not settings.shifts:
+        return
+    store = open_store(layout.store(experiment.store_name, settings.splits[0]))
+    of = {"store": store.manifest.identity, "split": settings.splits[0]}
+    if _measured(beside, SHIFT_CURVE, {**of, "shifts": list(settings.shifts)}):
         return
     images = open_images(layout.images(settings.splits[0]))
     explainer = build_explainer(experiment.explain, load_teacher(experiment, layout, images)).to(
         fabric.device
     )
-    curve = {"split": settings.splits[0], **shift_curve(explainer, images, settings, fabric.device)}
-    beside.write(SHIFT_CURVE, _json(curve))
+    beside.write(SHIFT_CURVE, _json(of | shift_curve(explainer, images, settings, fabric.device)))
 
 
 def open_matching_store(experiment: Experiment, layout: Layout, split: str, images: ImageSet) -> TeacherStore:
@@ -280,7 +291,8 @@ def _write_teacher_scores(
     teacher is asked for the maps of those that the store does not hold, so that its EPG is over the students' labels.
     """
     beside, name = layout.stores(experiment.store_name), teacher_scores(split)
-    if fabric.broadcast(beside.exists(name)):
+    of = {"store": store.manifest.identity}
+    if fabric.broadcast(_measured(beside, name, of)):
         return
     rows = PairedRows(images, store, masks="any")
     answer: Answer = teacher_answers
@@ -289,4 +301,4 @@ def _write_teacher_scores(
     scores = score(fabric, answer, rows, experiment.evaluate.batch_size)
     own = {name: value for name, value in scores.items() if "agreement" not in name and name != "map_cosine"}
     if fabric.is_global_zero:
-        beside.write(name, _json(own))
+        beside.write(name, _json(of | own))

@@ -42,6 +42,12 @@ class Run:
         return (self.path / "done").exists() and (self.path / "result.json").exists()
 
     @property
+    def diverged(self) -> str | None:
+        """Why the run ended without a result, for the settings that it was begun with; None where it did not."""
+        file = self.path / "diverged"
+        return file.read_text() if file.exists() else None
+
+    @property
     def _begun(self) -> bool:
         return any((self.path / name).exists() for name in ("done", "state.pt"))
 
@@ -54,6 +60,8 @@ class Run:
         known = self.path / "config.yaml"
         if not self._begun or not known.exists():
             self.path.mkdir(parents=True, exist_ok=True)
+            if not known.exists() or known.read_text() != text:
+                (self.path / "diverged").unlink(missing_ok=True)
             write_atomic(known, text.encode())
             return
         old = _flat(defaults or {}) | _flat(yaml.safe_load(known.read_text()))

@@ -21,9 +21,10 @@ from pipeline.pack import pack
 from pipeline.precompute import WHOLE, measure, precompute
 from pipeline.progress import Progress
 from pipeline.run import Run, locked, run_settings
-from pipeline.student import evaluate_student
+from pipeline.student import evaluate_student, scored_elsewhere
 from pipeline.sweep import DEFAULT_SCORES, Choice, Method, chosen, is_swept, methods
 from pipeline.teach import teach
+from pipeline.train import Diverged
 
 
 def prepare_teacher(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
@@ -51,12 +52,12 @@ def prepare_stores(
     with _alone(layout, fabric, progress) if part == WHOLE else nullcontext():
         if part == WHOLE:
             _prepare_teacher(experiment, layout, fabric, progress)
-        if fabric.is_global_zero:
-            write_atomic(layout.config, dump(experiment).encode())
         stores = [
             precompute(experiment, layout, split, open_images(layout.images(split)), fabric, progress, part)
             for split in experiment.answered_splits
         ]
+        if fabric.is_global_zero:
+            write_atomic(layout.config, dump(experiment).encode())
         complete = None not in stores
         if complete:
             measure(experiment, layout, fabric, progress)
@@ -94,15 +95,20 @@ def distill_all(
 
     Of several independent processes each takes every `part.world`-th run; a run that another one is working on is left
     to it. Raises ConfigError where a sweep cannot be decided, and, before anything is written, where a run was begun
-    with other settings.
+    with other settings; Diverged, after all others, where runs diverged that are not a sweep's candidates.
     """
     _check_begun(experiment, layout, students, seeds)
     prepare_stores(experiment, layout, fabric, progress)
+    _score_again(experiment, layout, fabric, progress, students, seeds)
     first = _compared_runs(experiment, students, seeds)[part.rank :: part.world]
-    busy = _run_each(experiment, layout, progress, first)
+    busy, lost = _run_each(experiment, layout, progress, first)
     chosen_runs, waiting = _chosen_runs(experiment, layout, students, seeds)
     later = chosen_runs[part.rank :: part.world]
-    busy += _run_each(experiment, layout, progress, later)
+    more_busy, more_lost = _run_each(experiment, layout, progress, later)
+    busy, lost = busy + more_busy, lost + more_lost
+    if lost:
+        names = ", ".join(f"{name} seed {seed}" for name, seed in lost)
+        raise Diverged(f"diverged: {names}; why is above, the other runs are kept")
     _tell(experiment, layout, progress, [*first, *later], busy, waiting)
 
 
@@ -125,6 +131,7 @@ def distill_at_once(
         raise ConfigError("--jobs starts processes of its own: use it without torchrun, or torchrun alone")
     _check_begun(experiment, layout, students, seeds)
     prepare_stores(experiment, layout, fabric, progress)
+    _score_again(experiment, layout, fabric, progress, students, seeds)
     torch.cuda.empty_cache()  # the teacher's memory is the jobs' now
     command = this_command([*arguments, "--rank", "0", "--world", "1"])  # whatever SLURM's variables say
     first = _compared_runs(experiment, students, seeds)[part.rank :: part.world]
@@ -144,6 +151,32 @@ def _check_begun(
     for seed in seeds:
         for name in students:
             Run(layout.run(name, seed)).check(run_settings(experiment, name))
+
+
+def _score_again(
+    experiment: Experiment,
+    layout: Layout,
+    fabric: Fabric,
+    progress: Progress,
+    students: Sequence[str],
+    seeds: Sequence[int],
+) -> None:
+    """Finished runs whose splits have other images or another store now than when they were scored."""
+    for name in students:
+        for seed in seeds:
+            run = Run(layout.run(name, seed))
+            splits = scored_elsewhere(experiment, layout, run) if run.done else []
+            if splits:
+                progress.say(f"{name} seed {seed} is scored again: {', '.join(splits)} changed")
+                _evaluate_again(experiment, layout, fabric, name, seed)
+
+
+def _evaluate_again(experiment: Experiment, layout: Layout, fabric: Fabric, name: str, seed: int) -> None:
+    run = Run(layout.run(name, seed))
+    result = evaluate_student(experiment, layout, fabric, name, seed)
+    result["seconds"] = run.result()["seconds"]
+    if fabric.is_global_zero:
+        run.finish(result)
 
 
 def _unfinished(layout: Layout, runs: Sequence[Job]) -> list[Job]:
@@ -186,18 +219,25 @@ def _compared(experiment: Experiment, student: str, seed: int) -> bool:
     return seed == experiment.seeds[0] or not is_swept(experiment, student)
 
 
-def _run_each(experiment: Experiment, layout: Layout, progress: Progress, runs: Sequence[Job]) -> list[Job]:
-    """Returns the runs that other processes are working on."""
-    busy = []
+def _run_each(
+    experiment: Experiment, layout: Layout, progress: Progress, runs: Sequence[Job]
+) -> tuple[list[Job], list[Job]]:
+    """Returns the runs that other processes are working on, and those that diverged and are no sweep's candidates."""
+    busy, lost = [], []
     for name, seed in runs:
         fabric = start(experiment.students[name].precision)
         with Run(layout.run(name, seed)).lock(fabric) as mine:
-            if mine:
-                distill(experiment, layout, fabric, name, seed, progress)
-            else:
+            if not mine:
                 busy.append((name, seed))
                 progress.say(f"{name} seed {seed} is being trained by another process; left to it")
-    return busy
+                continue
+            try:
+                distill(experiment, layout, fabric, name, seed, progress)
+            except Diverged as error:
+                progress.say(f"{name} seed {seed}: {error}")
+                if not (is_swept(experiment, name) and seed == experiment.seeds[0]):
+                    lost.append((name, seed))
+    return busy, lost
 
 
 def _tell(
@@ -217,7 +257,8 @@ def _tell(
             f"seed {experiment.seeds[0]} are done"
         )
     if not busy and not waiting:
-        progress.say(f"{len(runs)} runs are done in {layout.runs}")
+        diverged = sum(Run(layout.run(*run)).diverged is not None for run in runs)
+        progress.say(f"{len(runs) - diverged} runs are done in {layout.runs}")
 
 
 def evaluate_all(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> None:
@@ -230,10 +271,6 @@ def evaluate_all(experiment: Experiment, layout: Layout, fabric: Fabric, progres
             Run(layout.run(name, seed)).check(settings)
     for seed in experiment.seeds:
         for name in experiment.students:
-            run = Run(layout.run(name, seed))
-            if run.done:
-                result = evaluate_student(experiment, layout, fabric, name, seed)
-                result["seconds"] = run.result()["seconds"]
-                if fabric.is_global_zero:
-                    run.finish(result)
+            if Run(layout.run(name, seed)).done:
+                _evaluate_again(experiment, layout, fabric, name, seed)
                 progress.say(f"evaluated {name} seed {seed}")

@@ -59,11 +59,12 @@ def scores(experiment: Experiment, layout: Layout) -> dict[str, dict[str, float 
 
 
 def chosen(experiment: Experiment, layout: Layout) -> dict[str, Choice]:
-    """By method. A swept one is left out while a candidate's run with the first seed is not finished; of equal
-    candidates the first counts."""
+    """By method. A swept one is left out while a candidate's run with the first seed is neither finished nor diverged;
+    of equal candidates the first counts."""
     found = {}
     for name, candidates in scores(experiment, layout).items():
-        decided = all(Run(layout.run(student, experiment.seeds[0])).done for student in candidates)
+        runs = [Run(layout.run(student, experiment.seeds[0])) for student in candidates]
+        decided = all(run.done or run.diverged for run in runs)
         if decided or not experiment.sweep.get(name):
             best = _best(candidates)
             found[name] = Choice(best, candidates[best], candidates)

@@ -35,7 +35,7 @@ def load_teacher(experiment: Experiment, layout: Layout, images: ImageSet) -> Ex
         run = Run(layout.teacher)
         if not run.done:
             raise ModelError(f"the teacher in {layout.teacher} is not trained yet; run: e2kd teach CONFIG")
-        load_weights(teacher.net, kept_weights(run))
+        load_weights(teacher.net, kept_weights(run, experiment.teacher.train.keep))
     return teacher.eval().requires_grad_(False)
 
 

@@ -161,10 +161,13 @@ def learning_rate(settings: Schedule, step: int, total: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
-def kept_weights(run: Run) -> Path:
+def kept_weights(run: Run, keep: str = "best") -> Path:
     """The file that holds the run's result: `best.safetensors` where epochs were selected, else the last."""
     best = run.path / "best.safetensors"
-    return best if best.exists() else run.path / "last.safetensors"
+    if best.exists():
+        return best
+    selected = keep == "best" and any("val_dead" in line for line in run.history())
+    return best if selected else run.path / "last.safetensors"
 
 
 def best_score(settings: Schedule, scores: Mapping[str, float]) -> str:

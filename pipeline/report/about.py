@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from artifacts import ImageSet, TeacherStore, open_images, open_store
 from artifacts.errors import E2kdError
 from pipeline.config import Experiment, StudentConfig
+from pipeline.data.loader import batches_per_epoch
 from pipeline.data.rows import select_rows
-from pipeline.layout import CODEC_COST, FREEZING_GAP, Layout
+from pipeline.layout import CODEC_COST, FREEZING_GAP
 from pipeline.report.document import Cell, Facts, Table
 from pipeline.report.results import Method, Results, flatten
 from pipeline.report.statistics import summarise
@@ -30,7 +30,7 @@ def facts(results: Results) -> Facts:
         ("seeds", ", ".join(map(str, experiment.seeds))),
         ("runs", _dates(results)),
         *_versions(results),
-        *_measured(experiment, results.layout),
+        *_measured(results),
     ]
     found += [(what, ", ".join(runs)) for what, runs in wanting(results) if runs]
     return Facts(found)
@@ -42,6 +42,8 @@ def wanting(results: Results) -> list[tuple[str, list[str]]]:
         ("not finished", results.missing()),
         ("not scored, run `e2kd evaluate`", results.unscored()),
         ("made with other settings than this config's", results.stale()),
+        ("scored on other images or maps than there are now, run `e2kd evaluate`", results.rescored()),
+        ("this config is not the one that stage 1 was made by", results.foreign()),
     ]
 
 
@@ -145,15 +147,15 @@ def _versions(results: Results) -> list[tuple[str, str]]:
     return []
 
 
-def _measured(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, str]]:
+def _measured(results: Results) -> Iterator[tuple[str, str]]:
     """What freezing and storing cost, as precompute measured it."""
     from pipeline.codec_cost import tell as tell_cost
     from pipeline.gap import tell as tell_gap
 
-    beside = layout.stores(experiment.store_name)
+    measured = results.measured()
     for name, tell in ((FREEZING_GAP, tell_gap), (CODEC_COST, tell_cost)):
-        if beside.exists(name):
-            what, _, told = tell(json.loads(beside.read(name))).partition(": ")
+        if measured[name]:
+            what, _, told = tell(measured[name]).partition(": ")
             yield what, told
 
 
@@ -190,13 +192,15 @@ def _asked(results: Results, method: Method) -> str:
 
 
 def _presented(results: Results, method: Method) -> int:
-    """Images shown in one run: rows x epochs; 0 where the image set is not there."""
+    """Images shown in one run: full batches x epochs; 0 where the image set is not there."""
     settings = results.experiment.students[method.student]
     try:
         images: ImageSet = open_images(results.layout.images(settings.split))
     except E2kdError:
         return 0
-    return len(select_rows(images.labels, settings.rows, settings.shots)) * settings.epochs
+    rows = len(select_rows(images.labels, settings.rows, settings.shots))
+    size = min(settings.batch_size, rows)
+    return batches_per_epoch(rows, size, 1) * size * settings.epochs if rows else 0
 
 
 def _is_frozen(experiment: Experiment, method: Method) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from pipeline import sweep
 from pipeline.config import Experiment, StudentConfig
@@ -16,7 +17,11 @@ from pipeline.evaluate import read_samples, samples_file
 from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, teacher_scores
 from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
 from pipeline.run import Run, run_settings
+from pipeline.student import scored_elsewhere
 
+STAGE_1 = ("data.", "view.", "teacher.", "explain.")
+"""Settings that images, teacher and stores were made by; those of ELSEWHERE say only where they are read from."""
+ELSEWHERE = ("data.root", "data.cub")
 FREE = ("explanation_weight", "explain_every", "compile", "workers", "cache_mib", "validate_every")
 """Settings in which a baseline may differ: lambda, and what changes no result of a student without it."""
 
@@ -82,6 +87,27 @@ class Results:
                 found += [f"{method.student} seed {seed} ({said})"] if said else []
         return found
 
+    def rescored(self) -> list[str]:
+        """`kd seed 1 on test` for every finished run that was scored beside another store than there is now."""
+        return [
+            f"{method.student} seed {seed} on {split}"
+            for method in self.methods
+            for seed in self.results[method.name]
+            for split in scored_elsewhere(self.experiment, self.layout, method.runs[seed])
+        ]
+
+    def foreign(self) -> list[str]:
+        """`view.size: made 32, config 64` for what the config says of stage 1 other than the config that made it."""
+        if not self.layout.config.exists():
+            return []
+        made = flatten(yaml.safe_load(self.layout.config.read_text()))
+        own = flatten(self.experiment.model_dump(mode="json"))
+        return [
+            f"{key}: made {made[key]!r}, config {own[key]!r}"
+            for key in own
+            if key.startswith(STAGE_1) and key not in ELSEWHERE and key in made and made[key] != own[key]
+        ]
+
     def unscored(self) -> list[str]:
         """`kd seed 1 on test` for every finished run without scores on a split of `evaluate`."""
         return [
@@ -107,9 +133,10 @@ class Results:
         }
 
     def _beside(self, name: str) -> dict[str, Any]:
+        """What stage 1 measured, without the store's identity."""
         beside = self.layout.stores(self.experiment.store_name)
         loaded: dict[str, Any] = json.loads(beside.read(name)) if beside.exists(name) else {}
-        return loaded
+        return {key: value for key, value in loaded.items() if key != "store"}
 
     def measured(self) -> dict[str, Any]:
         """Everything that stage 1 left beside the stores, for the report's stamp."""

@@ -116,6 +116,7 @@ def test_another_explanation_gets_a_store_of_its_own(
 
 def test_the_freezing_gap_is_recorded(prepared: Layout) -> None:
     gap = json.loads(prepared.stores(STORE).read("freezing-gap.json"))
+    assert gap.pop("store") == open_store(prepared.store(STORE, "train")).manifest.identity
     assert set(gap) == {"crop", "flip", "both"}
     assert all(-1 <= values["p1"] <= values["mean"] <= 1.0001 for values in gap.values())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from lightning_fabric import Fabric
@@ -10,11 +12,12 @@ from lightning_fabric import Fabric
 from artifacts.errors import ConfigError, E2kdError
 from pipeline.config import Experiment, dump
 from pipeline.distill import distill
-from pipeline.layout import Layout
+from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout
 from pipeline.progress import Quiet
 from pipeline.report import report
 from pipeline.run import CheckpointError, Run
-from pipeline.stages import distill_all, evaluate_all
+from pipeline.stages import distill_all, evaluate_all, prepare_stores
+from pipeline.train import Diverged
 
 Tiny = Callable[..., Experiment]
 
@@ -93,3 +96,99 @@ def test_lost_weights_are_named_with_the_mend(prepared: Layout, experiment_of: T
     (run.path / "last.safetensors").unlink()
     with pytest.raises(E2kdError, match=r"last\.safetensors is gone; delete the run .*rm -r "):
         evaluate_all(experiment, prepared, fabric, Quiet())
+
+
+def test_runs_scored_beside_another_store_are_told_and_scored_again(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+) -> None:
+    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
+    run = _trained(experiment, prepared, fabric)
+    result = run.result()
+    truth = result["splits"]["test-ood"]["accuracy"]
+    result["splits"]["test-ood"]["accuracy"], result["stores"]["test-ood"] = 0.123, "of before"
+    run.finish(result)
+    told = report(experiment, prepared)
+    assert (
+        "scored on other images or maps than there are now, run `e2kd evaluate`: kd seed 0 on test-ood"
+        in told
+    )
+    _trained(experiment, prepared, fabric)
+    assert run.result()["splits"]["test-ood"]["accuracy"] == truth
+    assert "scored on other images" not in report(experiment, prepared)
+
+
+def test_what_was_measured_of_another_store_is_measured_again(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+) -> None:
+    experiment = experiment_of(evaluate__shifts=[1])
+    prepare_stores(experiment, prepared, fabric, Quiet())
+    beside = prepared.stores(experiment.store_name)
+    names = ("teacher-val.json", "teacher-test-ood.json", FREEZING_GAP, CODEC_COST, SHIFT_CURVE)
+    truth = {name: beside.read(name) for name in names}
+    for name, text in truth.items():
+        beside.write(name, json.dumps({**json.loads(text), "store": "of before"}).encode())
+    prepare_stores(experiment, prepared, fabric, Quiet())
+    assert {name: beside.read(name) for name in names} == truth
+
+
+def test_a_config_that_stage_1_was_not_made_by_is_told(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+) -> None:
+    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
+    _trained(experiment, prepared, fabric)
+    assert "stage 1 was made by" not in report(experiment, prepared)
+    other = experiment_of(
+        train__epochs=1, train__rows=32, students={"kd": {}}, view__size=64, teacher__train__epochs=9
+    )
+    told = report(other, prepared)
+    assert "this config is not the one that stage 1 was made by: view.size: made 48, config 64" in told
+    assert "teacher.train.epochs: made 2, config 9" in told
+
+
+def test_a_lost_best_epoch_is_not_replaced_by_the_last(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+) -> None:
+    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
+    run = _trained(experiment, prepared, fabric)
+    (run.path / "best.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"best\.safetensors is gone"):
+        evaluate_all(experiment, prepared, fabric, Quiet())
+
+
+def test_a_diverged_candidate_loses_its_sweep_and_stops_nothing(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw: dict[str, Any] = {"students": {"kd": {}, "e2kd": {"explanation_weight": 1}}}
+    raw |= {"seeds": [0, 1], "sweep": {"kd": {"lr": [1e30, 1e-3]}}, "train__epochs": 1, "train__rows": 32}
+    experiment = experiment_of(**raw)
+    lost, kept = (name for name in experiment.students if name != "e2kd")
+    said: list[str] = []
+    lines = Quiet()
+    monkeypatch.setattr(lines, "say", said.append)
+    for _ in range(2):
+        distill_all(experiment, prepared, fabric, lines, list(experiment.students), [0, 1])
+        assert said[-1].startswith("4 runs are done")
+    assert not Run(prepared.run(lost, 0)).done
+    assert all(Run(prepared.run(name, seed)).done for name in (kept, "e2kd") for seed in (0, 1))
+    told = [line for line in said if line.startswith(f"{lost} seed 0: ")]
+    assert len(told) == 2
+    assert "earlier; to try it again: rm" in told[1]
+
+
+def test_a_diverged_run_is_named_after_the_others_and_may_be_begun_with_other_settings(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+) -> None:
+    students = {"kd": {"lr": 1e30}, "e2kd": {"explanation_weight": 1}}
+    experiment = experiment_of(train__epochs=1, train__rows=32, students=students)
+    with pytest.raises(Diverged, match="diverged: kd seed 0; why is above"):
+        distill_all(experiment, prepared, fabric, Quiet(), ["kd", "e2kd"], [0])
+    assert Run(prepared.run("e2kd", 0)).done
+    assert _trained(
+        experiment_of(train__epochs=1, train__rows=32, students={"kd": {}}), prepared, fabric
+    ).done
+
+
+def test_rows_that_are_not_there_are_an_error(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
+    experiment = experiment_of(train__epochs=1, students={"kd": {"rows": 5000}})
+    with pytest.raises(ConfigError, match=r"student kd asks for rows: 5000, but .* has 96; lower rows"):
+        _trained(experiment, prepared, fabric)

@@ -158,7 +158,7 @@ def test_the_best_epoch_by_a_score_is_kept(fabric: Fabric, data: PairedRows, tmp
 def test_keep_last_selects_nothing(fabric: Fabric, data: PairedRows, tmp_path: Path) -> None:
     schedule = Schedule(epochs=2, keep="last", best_by="f1")
     train(fabric, data, tmp_path, schedule, validate=told({"dead": 0.0}, {"dead": 0.0}))
-    assert kept_weights(Run(tmp_path)).name == "last.safetensors"
+    assert kept_weights(Run(tmp_path), "last").name == "last.safetensors"
 
 
 def test_a_score_that_validation_does_not_give_is_an_error_before_training(
