@@ -7,6 +7,7 @@ Nothing here imports torch: `e2kd --help` must start at once, so the stages are 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -310,6 +311,9 @@ def _report(job: _Job) -> None:
 
 def main() -> None:
     """The console script: run the command, turn what users can mend into one message."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that an ASCII terminal cannot show
     raise SystemExit(run_guarded(app))
 
 
@@ -336,7 +340,18 @@ def run_guarded(command: Callable[[], object]) -> int:
         raise
 
 
-_UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_UNWRITABLE = (
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EIO,
+    errno.EFBIG,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 def _interrupted() -> int:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from artifacts.errors import DataError
 from artifacts.places import Place, place
 
 
@@ -54,6 +57,18 @@ class Layout:
 FREEZING_GAP = "freezing-gap.json"
 SHIFT_CURVE = "shift-curve.json"
 CODEC_COST = "codec-cost.json"
+
+
+def read_measured(beside: Place, name: str) -> dict[str, Any]:
+    """What stage 1 measured and wrote beside the stores, or nothing. Raises DataError for a damaged file."""
+    if not beside.exists(name):
+        return {}
+    try:
+        return dict(json.loads(beside.read(name)))
+    except (ValueError, TypeError):
+        raise DataError(
+            f"{beside / name} is damaged; delete it and run e2kd precompute CONFIG again"
+        ) from None
 
 
 def teacher_scores(split: str) -> str:

@@ -1,11 +1,16 @@
-"""A map over its image."""
+"""A map over its image, and figures as files."""
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor, nn
+
+from artifacts.durable import appearing
 
 
 def overlay(axis: Any, image: np.ndarray, heat: Tensor) -> None:
@@ -18,3 +23,11 @@ def overlay(axis: Any, image: np.ndarray, heat: Tensor) -> None:
     share = (full / largest).clamp(0, 1).numpy() if largest > 0 else np.zeros(size, np.float32)
     axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255)
     axis.imshow(share, cmap="inferno", alpha=0.75 * share, vmin=0, vmax=1)
+
+
+def save(figure: Any, path: Path, dpi: int = 144) -> None:
+    """As PNG, whole or not at all; closes the figure. A letter that the font lacks becomes an empty box."""
+    with appearing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(partial, dpi=dpi, format="png")
+    plt.close(figure)

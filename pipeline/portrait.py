@@ -13,7 +13,7 @@ from torch import from_numpy
 
 from artifacts import ImageSet, TeacherStore
 from pipeline.explainers import heat
-from pipeline.overlay import overlay
+from pipeline.overlay import overlay, save
 
 TOP = 5
 
@@ -42,8 +42,5 @@ def draw_row(store: TeacherStore, images: ImageSet, row: int, path: Path) -> lis
     right.set_yticks(bars, [name[:24] for name, _ in top], fontsize=8)
     right.invert_yaxis()
     right.set_title("highest logits", fontsize=9)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
-    partial.replace(path)
+    save(figure, path, dpi=110)
     return top

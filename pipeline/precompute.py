@@ -27,7 +27,7 @@ from pipeline.evaluate import Answer, score, teacher_answers, teacher_answers_be
 from pipeline.gap import freezing_gap
 from pipeline.gap import tell as tell_gap
 from pipeline.launch import Part
-from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, teacher_scores
+from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, read_measured, teacher_scores
 from pipeline.models import Explainable, weights_sha256
 from pipeline.progress import Advance, Progress
 from pipeline.shift import shift_curve
@@ -166,10 +166,7 @@ def measure(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Pr
 
 def _measured(beside: Place, name: str, of: dict[str, Any]) -> bool:
     """Is what was measured there, and with these particulars: of this store, of this split ...?"""
-    if not beside.exists(name):
-        return False
-    known: dict[str, Any] = json.loads(beside.read(name))
-    return known.items() >= of.items()
+    return read_measured(beside, name).items() >= of.items()
 
 
 def _measure_shift(experiment: Experiment, layout: Layout, fabric: Fabric) -> None:

@@ -64,7 +64,7 @@ class Run:
                 (self.path / "diverged").unlink(missing_ok=True)
             write_atomic(known, text.encode())
             return
-        old = _flat(defaults or {}) | _flat(yaml.safe_load(known.read_text()))
+        old = _flat(defaults or {}) | _flat(self._settings())
         new = _flat(yaml.safe_load(text))
         self._refuse({key: (old.get(key), new.get(key)) for key in {**old, **new}})
 
@@ -74,8 +74,18 @@ class Run:
         known = self.path / "config.yaml"
         if not self._begun or not known.exists():
             return {}
-        old, new = _flat(yaml.safe_load(known.read_text())), _flat(yaml.safe_load(yaml.safe_dump(settings)))
+        old, new = _flat(self._settings()), _flat(yaml.safe_load(yaml.safe_dump(settings)))
         return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+    def _settings(self) -> Any:
+        """What the run was begun with. Raises CheckpointError where the file is damaged."""
+        file = self.path / "config.yaml"
+        try:
+            return yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise CheckpointError(
+                f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
+            ) from None
 
     def check(self, settings: dict[str, Any]) -> None:
         """Raises ConfigError where the run was begun with other values of these settings."""
@@ -111,7 +121,12 @@ class Run:
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        except ValueError:
+            raise CheckpointError(
+                f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
+            ) from None
 
     def forget_after(self, epochs: int) -> None:
         """Drop log lines of epochs that were not checkpointed (they are trained again)."""
@@ -145,6 +160,8 @@ class Run:
         file = self.path / "result.json"
         try:
             loaded: dict[str, Any] = json.loads(file.read_text())
+            if not loaded:
+                raise ValueError(file)
         except ValueError:
             raise CheckpointError(
                 f"{file} is damaged; delete it, then `e2kd distill CONFIG` scores the run again: rm {file}"

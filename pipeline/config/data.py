@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from pipeline.config.base import Fraction, Natural, Positive, Settings
+from pipeline.config.base import Fraction, Positive, Seed, Settings
 
 Root = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -22,14 +22,14 @@ class ToyBirds(Source):
     """Waterbirds-100 in miniature (48 px, generated): background = class in training, reversed out of distribution."""
 
     source: Literal["toybirds"]
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 class ToyShapes(Source):
     """Ten silhouettes on unrelated backgrounds (48 px, generated), for the few-shot question."""
 
     source: Literal["toyshapes"]
-    seed: Natural = 0
+    seed: Seed = 0
     train_per_class: Positive = 20
 
 
@@ -48,9 +48,7 @@ class Files(Source):
     train_per_class: Positive | None = Field(
         None, description="few-shot: pack only this many of each class of train, val already held out"
     )
-    split_seed: Natural = Field(
-        42, description="decides the order of the rows, and which images are held out"
-    )
+    split_seed: Seed = Field(42, description="decides the order of the rows, and which images are held out")
     split_rule: Literal["hash", "authors"] = Field(
         "hash",
         description="which images of a class val_per_class and train_per_class take: the first in the order of the "

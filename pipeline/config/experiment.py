@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.base import Natural, Positive, Settings
+from pipeline.config.base import Natural, Positive, Seed, Settings
 from pipeline.config.data import DataConfig
 from pipeline.config.training import AugmentConfig, Score, StudentConfig, TeacherConfig
 
@@ -94,7 +94,7 @@ def explained_by(model: str) -> str:
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-StudentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(,[A-Za-z0-9_.]+=[^/,=]+)*$")]
+StudentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(,[A-Za-z0-9_.]+=[^/,=]+)*$", max_length=200)]
 """A sweep's runs are named `e2kd,temperature=5,explanation_weight=1`."""
 
 
@@ -119,7 +119,7 @@ class Experiment(Settings):
         {},
         description="student: {key: values}: every combination is trained; the best on evaluate.select counts",
     )
-    seeds: Annotated[tuple[Natural, ...], AfterValidator(_each_once)] = Field((0,), min_length=1)
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(_each_once)] = Field((0,), min_length=1)
     evaluate: EvaluateConfig = EvaluateConfig()
     paper: str | None = Field(
         None, description="the paper's numbers to show beside ours, e.g. table1/50-shots"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Fraction, NonNegative, Positive, Settings
+from pipeline.config.base import Fraction, NonNegative, Positive, Seed, Settings
 
 
 class AugmentConfig(Settings):
@@ -116,7 +116,7 @@ class TeachConfig(Schedule):
     """How `e2kd teach` trains the teacher: on the labels of `split`, optionally guided."""
 
     split: str = "train"
-    seed: int = Field(
+    seed: Seed = Field(
         1000,
         description="other than the students' seeds: with the same one, equal networks begin with equal weights",
     )

@@ -95,9 +95,19 @@ def _walk(base: Path) -> Iterator[Path]:
     """Image files below a folder, hidden ones left out."""
     for folder, folders, names in os.walk(base, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            _check_no_loop(Path(folder, name))
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
                 yield Path(folder, name)
+
+
+def _check_no_loop(folder: Path) -> None:
+    """Raises DataError for a link to a folder that it lies in."""
+    if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{folder} links to a folder that it lies in, so that its images would count twice; remove it"
+        )
 
 
 def _unreadable(error: OSError) -> None:

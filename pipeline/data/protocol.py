@@ -50,10 +50,22 @@ def open_split(
             f"split {origin} of {data.root} has no {'readable ' if left_out else ''}images; add some"
         )
     _check_labels(data, listing, entries)
+    _check_classes_left(data, origin, listing, entries)
     entries = _cut(in_order(entries, data.split_seed), data, split, listing.classes)
     if not entries:
         raise DataError(f"no image of {data.root} is left for split {split}; hold fewer out, or add images")
     return ListedSource(data.source, split, listing, entries, len(left_out), shorter_side)
+
+
+def _check_classes_left(data: Files, split: str, listing: Listing, entries: Sequence[Entry]) -> None:
+    """Raises DataError where a class has lost all of its images."""
+    before = {entry.label for entry in listing.entries if isinstance(entry.label, int)}
+    gone = before - {entry.label for entry in entries}
+    if gone:
+        raise DataError(
+            f"no image of class {listing.classes[min(gone)]} in {split} of {data.root} can be read; replace them, or "
+            "remove the class"
+        )
 
 
 def published_split(data: Files, split: str) -> str:

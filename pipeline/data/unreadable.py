@@ -24,7 +24,8 @@ AT_ONCE = 1024
 class UnreadableImages:
     """Decodes every image of a published split once; what it found lies in `where`/unreadable-<split>.json.
 
-    That file counts for the same names, sizes and `shorter_side` (the view's, in px) only.
+    That file counts for the same names, sizes and `shorter_side` (the view's, in px) only, and what it names is tried
+    again.
     """
 
     where: Place
@@ -34,9 +35,9 @@ class UnreadableImages:
     def __call__(self, split: str, listing: Listing) -> list[str]:
         """The ids of the images that cannot be read, each of them reported."""
         name, digest = f"unreadable-{split.replace('/', '--')}.json", _digest(listing, self.shorter_side)
-        found = self._known(name, digest)
-        if found is None:
-            found = self._find(split, listing)
+        known = self._known(name, digest)
+        found = self._find(split, listing) if known is None else self._still(known, listing)
+        if found != known:
             self.where.write(name, json.dumps({"listing": digest, "unreadable": found}, indent=1).encode())
         for reason in found.values():
             self.progress.say(f"left out: {reason}")
@@ -52,6 +53,13 @@ class UnreadableImages:
             return dict(known["unreadable"]) if known["listing"] == digest else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+
+    def _still(self, known: dict[str, str], listing: Listing) -> dict[str, str]:
+        """What of it cannot be read now: an image may be mended without a change of its size."""
+        entries = [entry for entry in listing.entries if entry.id in known]
+        with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            warnings.simplefilter("ignore")
+            return self._of(entries, listing, threads)
 
     def _find(self, split: str, listing: Listing) -> dict[str, str]:
         """What is wrong, by id."""

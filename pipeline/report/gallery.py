@@ -16,10 +16,10 @@ from artifacts.errors import E2kdError
 from pipeline.data.source import Label
 from pipeline.explainers import heat
 from pipeline.explainers.bcos import colour
-from pipeline.overlay import overlay
+from pipeline.overlay import overlay, save
 from pipeline.precompute import open_matching_store
 from pipeline.report.document import Block, Picture, Text
-from pipeline.report.pictures import grid, save
+from pipeline.report.pictures import grid
 from pipeline.report.results import Results
 from pipeline.student import load_student
 

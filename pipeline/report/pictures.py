@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from artifacts.durable import appearing
+from pipeline.overlay import save
 from pipeline.report.document import Picture
 from pipeline.report.results import Results
 from pipeline.report.statistics import Summary, summarise
@@ -70,13 +70,6 @@ def grid(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, np.
     """A figure and its axes [rows, columns]."""
     figure, axes = plt.subplots(rows, columns, figsize=inches, layout="constrained", squeeze=False)
     return figure, axes
-
-
-def save(figure: Any, path: Path) -> None:
-    """As PNG, whole or not at all; closes the figure."""
-    with appearing(path) as partial:
-        figure.savefig(partial, dpi=144, format="png")
-    plt.close(figure)
 
 
 def _over_seeds(histories: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> list[tuple[int, Summary]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 from pipeline import sweep
 from pipeline.config import Experiment, StudentConfig
 from pipeline.evaluate import read_samples, samples_file
-from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, teacher_scores
+from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, read_measured, teacher_scores
 from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
 from pipeline.run import Run, run_settings
 from pipeline.student import scored_elsewhere
@@ -134,9 +133,8 @@ class Results:
 
     def _beside(self, name: str) -> dict[str, Any]:
         """What stage 1 measured, without the store's identity."""
-        beside = self.layout.stores(self.experiment.store_name)
-        loaded: dict[str, Any] = json.loads(beside.read(name)) if beside.exists(name) else {}
-        return {key: value for key, value in loaded.items() if key != "store"}
+        found = read_measured(self.layout.stores(self.experiment.store_name), name)
+        return {key: value for key, value in found.items() if key != "store"}
 
     def measured(self) -> dict[str, Any]:
         """Everything that stage 1 left beside the stores, for the report's stamp."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def test_a_bug_keeps_its_traceback() -> None:
         (["pack", "configs/toybird.yaml"], "did you mean"),
         (["distill", "configs/toybirds.yaml", "--set", "train.epoch=1"], "did you mean epochs?"),
         (["distill", "configs/toybirds.yaml", "--student", "e3kd"], "no student e3kd"),
+        (["distill", "configs/toybirds.yaml", "--out", "README.md"], "cannot write README.md"),
+        (["distill", "configs/toybirds.yaml", "--out", "README.md/x"], "cannot write README.md/x"),
         (["dance"], "No such command"),
     ],
 )
@@ -79,6 +82,14 @@ def test_mistakes_exit_2(arguments: list[str], message: str) -> None:
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped() -> None:
+    command = [sys.executable, "-m", "cli", "pack", "configs/vögel.yaml"]
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **ascii_only})
+    assert done.returncode == 2
+    assert b"e2kd: no config file configs/v" in done.stderr
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -108,6 +108,25 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         load(broken)
 
 
+def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    text = Path("configs/toybirds.yaml").read_text()
+    twice = tmp_path / "twice.yaml"
+    twice.write_text(text + "\nseeds: [3]\n")
+    line = text.count("\n") + 2
+    with pytest.raises(
+        ConfigError, match=rf"twice\.yaml is not valid YAML: seeds is there twice.* line {line},"
+    ):
+        load(twice)
+    twice.write_text(text + "\nsweep: {kd: &x {lr: [1, 2]}, e2kd: {<<: *x, lr: [3, 4]}}\n")
+    assert load(twice).sweep["e2kd"] == {"lr": (3, 4)}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_seeds_that_no_generator_takes(seed: int) -> None:
+    with pytest.raises(ConfigError, match="seeds"):
+        load(Path("configs/toybirds.yaml"), [f"seeds=[{seed}]"])
+
+
 def test_resolved_config_round_trips() -> None:
     import yaml
 

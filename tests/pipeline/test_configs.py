@@ -127,9 +127,14 @@ def settings(config: str, datasets: Path, weights: Path) -> list[str]:
     for section in ("train", "teacher.train") if load(ROOT / config).teacher.train else ("train",):
         found += [f"{section}.{key}" for key in ("epochs=1", "batch_size=4", "workers=0", "validate_every=1")]
     for name, own in yaml.safe_load((ROOT / config).read_text())["students"].items():
-        found += [f"students.{name}.{key}=1" for key in ("epochs", "validate_every") if key in (own or {})]
+        found += [
+            f"students.{name}.{key}=1" for key in ("epochs", "validate_every", "shots") if key in (own or {})
+        ]
     if source.startswith("toy"):
-        return [*found, "data.limit=8", *([] if source == "toybirds" else ["data.train_per_class=1"])]
+        return [
+            *found,
+            *(["data.limit=8"] if source == "toybirds" else ["data.limit=10", "data.train_per_class=1"]),
+        ]
     found += ["view={size: 32}", f"data.root={datasets / source}", "data.limit=8"]
     if source in ("imagenet", "tiny-imagenet", "sun397"):
         found += ["data.val_per_class=2", "data.train_per_class=3"]

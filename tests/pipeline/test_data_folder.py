@@ -297,3 +297,10 @@ def test_a_split_left_empty(tmp_path: Path, fraction: float, split: str, mend: s
     photo(tmp_path / "1.png")
     with pytest.raises(DataError, match=rf"left for {split}.*{mend}"):
         open_source(folder(tmp_path, val_fraction=fraction), split)
+
+
+def test_a_link_to_a_folder_around_it_is_an_error(tmp_path: Path) -> None:
+    photo(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "loop").symlink_to(".")
+    with pytest.raises(DataError, match=r"a/loop links to a folder that it lies in"):
+        paths_of(folder(tmp_path), "train")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lightning_fabric import Fabric
 
-from artifacts.errors import ConfigError, E2kdError
+from artifacts.errors import ConfigError, DataError, E2kdError
 from pipeline.config import Experiment, dump
 from pipeline.distill import distill
 from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout
@@ -192,3 +192,24 @@ def test_rows_that_are_not_there_are_an_error(prepared: Layout, experiment_of: T
     experiment = experiment_of(train__epochs=1, students={"kd": {"rows": 5000}})
     with pytest.raises(ConfigError, match=r"student kd asks for rows: 5000, but .* has 96; lower rows"):
         _trained(experiment, prepared, fabric)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("result.json", "{}"), ("config.yaml", "a: \0"), ("metrics.jsonl", "{]}\n")]
+)
+def test_a_damaged_file_of_a_run_is_named(
+    prepared: Layout, experiment_of: Tiny, fabric: Fabric, name: str, text: str
+) -> None:
+    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
+    run = _trained(experiment, prepared, fabric)
+    (run.path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        report(experiment, prepared)
+
+
+def test_a_damaged_measurement_is_named(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
+    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
+    _trained(experiment, prepared, fabric)
+    prepared.stores(experiment.store_name).write(CODEC_COST, b"")
+    with pytest.raises(DataError, match=r"codec-cost\.json is damaged; delete it"):
+        report(experiment, prepared)

@@ -138,6 +138,25 @@ def test_a_finding_about_other_images_does_not_count(root: Path, damage: str) ->
     assert len(json.loads(file.read_text())["unreadable"]) == (3 if damage == "other images" else 2)
 
 
+def test_a_mended_image_of_the_same_size_is_back(root: Path) -> None:
+    cut, sound = root / "train/n1/2.jpg", (root / "train/n1/3.jpg").read_bytes()
+    cut.write_bytes(bytes(len(sound)))
+    pack(root, "val", Quiet(), val_per_class=2)
+    cut.write_bytes(sound)
+    told = Told()
+    pack(root, "train", told, val_per_class=1)
+    assert "check train" not in told.counts
+    kept = json.loads((root.parent / "out/images/unreadable-train.json").read_text())
+    assert set(kept["unreadable"]) == {"train/n2/4.jpg"}
+
+
+def test_a_class_without_a_readable_image_is_named(root: Path) -> None:
+    for file in (root / "train/n2").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"no image of class n2 in train of .*set can be read; replace them"):
+        pack(root, "train", Quiet())
+
+
 def test_folders_too(root: Path) -> None:
     told = Told()
     assert len(pack(root / "train", "train", told, source="folder", val_per_class=1)) == 8
