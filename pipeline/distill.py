@@ -216,10 +216,6 @@ def _training_rows(settings: StudentConfig, images: ImageSet, store: TeacherStor
             f"student {name} ({'for the loss ce' if by_labels == 'ce' else 'shots'}) needs one label an image, but "
             f"{images.place} has lists of them; use loss: bce or l2d, and rows instead of shots"
         )
-    if settings.rows and settings.rows > len(images):
-        raise ConfigError(
-            f"student {name} asks for rows: {settings.rows}, but {images.place} has {len(images)}; lower rows"
-        )
     rows = select_rows(images.labels, settings.rows, settings.shots)
     _check_shots(settings, images, rows, name)
     frozen = settings.mode == "frozen" and settings.needs_teacher

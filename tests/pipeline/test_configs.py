@@ -126,7 +126,9 @@ def settings(config: str, datasets: Path, weights: Path) -> list[str]:
     found = ["sweep={}", "seeds=[0]", "store.batch_size=4", "evaluate.batch_size=4"]
     for section in ("train", "teacher.train") if load(ROOT / config).teacher.train else ("train",):
         found += [f"{section}.{key}" for key in ("epochs=1", "batch_size=4", "workers=0", "validate_every=1")]
-    for name, own in yaml.safe_load((ROOT / config).read_text())["students"].items():
+    raw = yaml.safe_load((ROOT / config).read_text())
+    found += ["train.shots=1"] if "shots" in raw["train"] else []
+    for name, own in raw["students"].items():
         found += [
             f"students.{name}.{key}=1" for key in ("epochs", "validate_every", "shots") if key in (own or {})
         ]

@@ -188,12 +188,6 @@ def test_a_diverged_run_is_named_after_the_others_and_may_be_begun_with_other_se
     ).done
 
 
-def test_rows_that_are_not_there_are_an_error(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
-    experiment = experiment_of(train__epochs=1, students={"kd": {"rows": 5000}})
-    with pytest.raises(ConfigError, match=r"student kd asks for rows: 5000, but .* has 96; lower rows"):
-        _trained(experiment, prepared, fabric)
-
-
 @pytest.mark.parametrize(
     ("name", "text"), [("result.json", "{}"), ("config.yaml", "a: \0"), ("metrics.jsonl", "{]}\n")]
 )
