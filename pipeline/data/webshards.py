@@ -78,8 +78,15 @@ class Sample:
 
 
 def split_names(data: WebShards) -> list[str]:
+    """Raises DataError where a tar is of two splits: a student would be tested on what it learnt from."""
+    split_of: dict[Path, str] = {}
     for split in data.shards:
-        _tars(data, split)
+        for name in _tars(data, split):
+            other = split_of.setdefault((data.root / name).resolve(), split)
+            if other != split:
+                raise DataError(
+                    f"{data.root / name} is in both data.shards.{other} and data.shards.{split}; take it out of one"
+                )
     return list(data.shards)
 
 

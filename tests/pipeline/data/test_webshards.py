@@ -117,6 +117,17 @@ def test_boxes_and_masks_keep_the_image_whole(tmp_path: Path) -> None:
     assert found["a/0"].mask is found["a/2"].mask is found["a/2"].boxes is None
 
 
+@pytest.mark.parametrize("pattern", ["a.tar", "./*.tar", "link.tar"])
+def test_a_tar_of_two_splits(tmp_path: Path, pattern: str) -> None:
+    tar(tmp_path / "a.tar", {"0.png": image(), "0.cls": b"0"})
+    (tmp_path / "link.tar").symlink_to("a.tar")
+    config = data(tmp_path, shards={"train": "a.tar", "test": pattern})
+    with pytest.raises(
+        DataError, match=r"[.]tar is in both data\.shards\.train and data\.shards\.test; take it out of one"
+    ):
+        open_source(config, "train")
+
+
 def test_what_webdataset_writes_and_reads_is_what_we_read(tmp_path: Path) -> None:
     """The same samples under the same names, also where directories have dots and names many."""
     with TarWriter(str(tmp_path / "a.tar")) as writer:
