@@ -35,9 +35,23 @@ def open_listing(data: TinyImageNet, split: str) -> Listing:
     entries = _train(data.root, wnids) if split == "train" else _val(data.root, wnids)
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
-        return read_photo(data.root / entry.id)  # not at a reduced scale: boxes are in px of the file
+        image = read_photo(data.root / entry.id)  # not at a reduced scale: boxes are in px of the file
+        _check_inside(entry, image.size, data.root)
+        return image
 
     return Listing(_names(data.root, wnids), list(entries), read)
+
+
+def _check_inside(entry: Entry, size: tuple[int, int], root: Path) -> None:
+    """Raises DataError where a box leaves its image."""
+    assert entry.boxes is not None
+    corners = entry.boxes[0, 1:] - (0, 0, 1, 1)
+    if (corners[2:] >= size).any():
+        x0, y0, x1, y1 = corners.tolist()
+        raise DataError(
+            f"{root / entry.id} has {size[0]} x {size[1]} px, but its box {x0:g} {y0:g} {x1:g} {y1:g} leaves them; "
+            "correct the box, or unpack Tiny-ImageNet again"
+        )
 
 
 def _wnids(data: TinyImageNet) -> list[str]:

@@ -131,6 +131,16 @@ def test_wrong_annotations(root: Path, row: str, said: str) -> None:
         open_source(data(root), "test")
 
 
+@pytest.mark.parametrize("box", ["0 0 64 63", "0 5 63 100", "200 200 300 300", "0 0 inf 63"])
+def test_a_box_outside_its_image(root: Path, box: str) -> None:
+    row = "\t".join(["val_0.JPEG", WNIDS[0], *box.split()])
+    (root / "val/val_annotations.txt").write_text(row + "\n")
+    with pytest.raises(
+        DataError, match=rf"val_0\.JPEG has 64 x 64 px, but its box {box} leaves them; correct"
+    ):
+        open_source(data(root), "test").raw(0)
+
+
 def test_an_unreadable_image_is_named(root: Path) -> None:
     (root / "val/images/val_3.JPEG").write_bytes(b"")
     source = open_source(data(root), "test")
