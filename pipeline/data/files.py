@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from artifacts.errors import DataError
@@ -16,6 +17,15 @@ def text_of(file: Path, mend: str) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file} ({getattr(error, 'strerror', None) or error}); {mend}") from None
+
+
+def each_once(names: Iterable[str], file: Path) -> list[str]:
+    """The names that a file lists. Raises DataError where one is there twice."""
+    found = list(names)
+    twice = next((name for name, times in Counter(found).items() if times > 1), None)
+    if twice is not None:
+        raise DataError(f"{file} names {twice} twice; remove one line")
+    return found
 
 
 def size_of(file: Path, named_by: Path) -> int:

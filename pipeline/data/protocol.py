@@ -43,6 +43,7 @@ def open_split(
     """A split in the order of its rows. What `unreadable` finds is left out before anything is cut."""
     origin = published_split(data, split)
     listing = published.open_listing(data, origin)
+    _check_once(data, origin, listing)
     left_out = frozenset(unreadable(origin, listing) if unreadable else ())
     entries = [entry for entry in listing.entries if entry.id not in left_out]
     if not entries:
@@ -164,6 +165,16 @@ def _check_enough(seen: Counter[int], wanted: int, data: Files, classes: Sequenc
             f"class {classes[label]} of {data.root} has {seen[label]} images, {wanted} are asked for; lower "
             "data.val_per_class or data.train_per_class"
         )
+
+
+def _check_once(data: Files, split: str, listing: Listing) -> None:
+    seen: set[str] = set()
+    for entry in listing.entries:
+        if entry.id in seen:
+            raise DataError(
+                f"split {split} of {data.root} lists {printable(entry.id)} twice; remove one of the two lines"
+            )
+        seen.add(entry.id)
 
 
 def _check_labels(data: Files, listing: Listing, entries: Sequence[Entry]) -> None:

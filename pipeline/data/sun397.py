@@ -12,7 +12,7 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config import Sun397
-from pipeline.data.files import size_of, text_of
+from pipeline.data.files import each_once, size_of, text_of
 from pipeline.data.listing import Entry, Listing
 from pipeline.data.photo import read_photo
 
@@ -52,7 +52,7 @@ def _classes(root: Path) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
-    return [line.strip() for line in text_of(file, MEND).splitlines() if line.strip()]
+    return each_once((line.strip() for line in text_of(file, MEND).splitlines() if line.strip()), file)
 
 
 def _list_file(root: Path, name: str) -> Path:

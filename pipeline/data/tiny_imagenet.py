@@ -18,7 +18,7 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config import TinyImageNet
-from pipeline.data.files import size_of, text_of
+from pipeline.data.files import each_once, size_of, text_of
 from pipeline.data.listing import Entry, Listing
 from pipeline.data.photo import read_photo
 
@@ -55,7 +55,7 @@ def _check_inside(entry: Entry, size: tuple[int, int], root: Path) -> None:
 
 
 def _wnids(data: TinyImageNet) -> list[str]:
-    found = text_of(data.root / "wnids.txt", MEND).split()
+    found = each_once(text_of(data.root / "wnids.txt", MEND).split(), data.root / "wnids.txt")
     if data.classes is not None and data.classes > len(found):
         raise DataError(
             f"{data.root / 'wnids.txt'} has {len(found)} classes, data.classes asks for {data.classes}"
@@ -104,7 +104,14 @@ def _entry(root: Path, path: str, label: int, corners: list[str], source: Path) 
     return Entry(path, size_of(root / path, source), label, boxes=box)
 
 
-def _rows(file: Path, fields: int) -> Iterator[list[str]]:
+def _rows(file: Path, fields: int) -> list[list[str]]:
+    """One for each image. Raises DataError for a wrong number of fields, and for an image named twice."""
+    rows = list(_lines(file, fields))
+    each_once((row[0] for row in rows), file)
+    return rows
+
+
+def _lines(file: Path, fields: int) -> Iterator[list[str]]:
     for number, line in enumerate(text_of(file, MEND).splitlines(), 1):
         row = line.split("\t")
         if len(row) != fields:

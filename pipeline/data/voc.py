@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,7 +20,7 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config import Voc
-from pipeline.data.files import text_of
+from pipeline.data.files import each_once, text_of
 from pipeline.data.listing import Entry, Listing
 from pipeline.data.photo import read_photo
 
@@ -93,11 +92,7 @@ def _base(data: Voc) -> Path:
 
 def _listed(file: Path) -> list[str]:
     """The image names of a list, in its order. Raises DataError where one is named twice."""
-    names = [line.split()[0] for line in text_of(file, MEND).splitlines() if line.strip()]
-    twice = next((name for name, times in Counter(names).items() if times > 1), None)
-    if twice is not None:
-        raise DataError(f"{file} names {twice} twice; remove one line")
-    return names
+    return each_once((line.split()[0] for line in text_of(file, MEND).splitlines() if line.strip()), file)
 
 
 def _annotated(base: Path, name: str, keep_difficult: bool) -> tuple[Entry, tuple[float, float]]:

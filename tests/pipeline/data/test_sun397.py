@@ -89,6 +89,22 @@ def test_an_image_of_no_class(root: Path, line: str) -> None:
         open_source(data(root), "train")
 
 
+@pytest.mark.parametrize("file", ["Training_01.txt", "ClassName.txt"])
+def test_a_line_that_is_there_twice(root: Path, file: str) -> None:
+    first = (root / file).read_text().splitlines()[0]
+    (root / file).write_text((root / file).read_text() + first + "\n")
+    with pytest.raises(DataError, match=rf"{file} names {first} twice; remove one line"):
+        open_source(data(root), "train")
+
+
+def test_an_image_listed_twice_in_two_ways(root: Path) -> None:
+    lists(root, 1, [*TRAIN, TRAIN[0][1:]], TEST)
+    with pytest.raises(
+        DataError, match=r"split train of .* lists a/abbey/sun_0\.jpg twice; remove one of the"
+    ):
+        open_source(data(root), "train")
+
+
 def test_an_unreadable_image_is_named(root: Path) -> None:
     file = root / TEST[0][1:]
     file.write_bytes(file.read_bytes()[:60])

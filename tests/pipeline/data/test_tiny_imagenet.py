@@ -141,6 +141,21 @@ def test_a_box_outside_its_image(root: Path, box: str) -> None:
         open_source(data(root), "test").raw(0)
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("wnids.txt", "n02000000 twice"),
+        ("val/val_annotations.txt", r"val_5\.JPEG twice"),
+        (f"train/{WNIDS[0]}/{WNIDS[0]}_boxes.txt", r"n03000000_2\.JPEG twice"),
+    ],
+)
+def test_a_line_that_is_there_twice(root: Path, file: str, said: str) -> None:
+    lines = (root / file).read_text().splitlines()
+    (root / file).write_text("\n".join([*lines, lines[-1]]) + "\n")
+    with pytest.raises(DataError, match=rf"{Path(file).name} names {said}; remove one line"):
+        open_source(data(root), "test" if "val" in file else "train")
+
+
 def test_an_unreadable_image_is_named(root: Path) -> None:
     (root / "val/images/val_3.JPEG").write_bytes(b"")
     source = open_source(data(root), "test")
