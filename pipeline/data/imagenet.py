@@ -68,6 +68,12 @@ def _val(root: Path, base: Path, labels: Mapping[str, int]) -> Iterator[Entry]:
     if not flat:
         yield from _in_folders(base, "val", labels)
         return
+    sorted_into = next((wnid for wnid in labels if (base / "val" / wnid).is_dir()), None)
+    if sorted_into is not None:
+        raise DataError(
+            f"{base / 'val' / min(flat)[0]} lies beside class folders such as {sorted_into}; remove it, or move it "
+            "into its class"
+        )
     source, known = _wnids_of_val(root, base)
     for name, size in flat:
         wnid = known.get(os.path.splitext(name)[0])

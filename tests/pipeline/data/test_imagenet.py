@@ -69,6 +69,18 @@ def labels(source: Source) -> dict[str | None, object]:
 EXPECTED = {f"val/ILSVRC2012_val_{i:08d}.JPEG": WNIDS.index(wnid) for i, wnid in enumerate(VAL, 1)}
 
 
+@pytest.mark.parametrize("kaggle", [True, False])
+def test_a_stray_image_beside_the_class_folders_of_val(root: Path, kaggle: bool) -> None:
+    picture(root / "val/n02000001/ILSVRC2012_val_00000001.JPEG")
+    picture(root / "val/stray.JPEG")
+    if kaggle:
+        kaggle_labels(root)
+    with pytest.raises(
+        DataError, match=r"val/stray\.JPEG lies beside class folders such as n02.*; remove it"
+    ):
+        open_source(data(root), "test")
+
+
 def test_train_is_labelled_by_sorted_wnids(root: Path) -> None:
     assert split_names(data(root)) == ["train", "test"]
     train = open_source(data(root), "train")
