@@ -113,6 +113,8 @@ def _rows(file: Path, fields: int) -> list[list[str]]:
 
 def _lines(file: Path, fields: int) -> Iterator[list[str]]:
     for number, line in enumerate(text_of(file, MEND).splitlines(), 1):
+        if not line.strip():
+            continue
         row = line.split("\t")
         if len(row) != fields:
             raise DataError(f"{file}, line {number}: {len(row)} fields instead of {fields}; correct it")

@@ -159,6 +159,8 @@ def _boxes(cub: Path) -> dict[str, np.ndarray]:
 def _fields(file: Path, count: int) -> Iterator[list[str]]:
     for number, line in enumerate(text_of(file, "set data.cub to CUB_200_2011").splitlines(), 1):
         row = line.split()
+        if not row:
+            continue
         if len(row) != count:
             raise DataError(f"{file}, line {number}: {len(row)} fields instead of {count}")
         yield row

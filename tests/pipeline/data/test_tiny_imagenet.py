@@ -156,6 +156,12 @@ def test_a_line_that_is_there_twice(root: Path, file: str, said: str) -> None:
         open_source(data(root), "test" if "val" in file else "train")
 
 
+def test_blank_lines(root: Path) -> None:
+    for file in (root / "val/val_annotations.txt", root / f"train/{WNIDS[0]}/{WNIDS[0]}_boxes.txt"):
+        file.write_text("\n" + file.read_text() + "\n  \n")
+    assert (len(open_source(data(root), "train")), len(open_source(data(root), "test"))) == (9, 6)
+
+
 def test_an_unreadable_image_is_named(root: Path) -> None:
     (root / "val/images/val_3.JPEG").write_bytes(b"")
     source = open_source(data(root), "test")

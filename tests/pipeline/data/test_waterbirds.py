@@ -241,6 +241,13 @@ def test_a_wrong_line_of_boxes(root: Path, line: str, message: str) -> None:
         open_source(with_cub(root), "train")
 
 
+def test_blank_lines_of_cub(root: Path) -> None:
+    for name in ("images.txt", "bounding_boxes.txt"):
+        file = root.parent / "CUB_200_2011" / name
+        file.write_text("\n" + file.read_text() + "\n  \n")
+    assert len(open_source(with_cub(root), "train")) == 4
+
+
 def test_masks_that_are_missing_or_of_another_size(root: Path) -> None:
     segment(root, root.parent)
     file = root.parent / "segmentations/001.Bird/Bird_00.png"
