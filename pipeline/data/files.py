@@ -47,18 +47,20 @@ def folders_in(folder: Path, mend: str) -> list[str]:
     return names
 
 
-def images_in(folder: Path) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of the image files in one folder. One stat each. Raises DataError for a link to nowhere."""
+def images_in(folder: Path, on_bad_image: str) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of the image files in one folder. One stat each."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] != "." and os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                yield entry.name, _size(entry)
+                yield entry.name, image_size(entry, on_bad_image)
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def image_size(image: os.DirEntry[str] | Path, on_bad_image: str) -> int:
+    """Bytes. A link to nowhere is a DataError, or 0 where what cannot be read is left out (`skip`)."""
     try:
-        return entry.stat().st_size
+        return image.stat().st_size
     except OSError as error:
-        raise DataError(
-            f"cannot read the image {entry.path} ({error.strerror}); remove or replace it"
-        ) from None
+        if on_bad_image == "skip":
+            return 0
+        name = os.fspath(image)
+        raise DataError(f"cannot read the image {name} ({error.strerror}); remove or replace it") from None

@@ -19,6 +19,7 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config import Folder
+from pipeline.data.files import image_size
 from pipeline.data.keys import rank
 from pipeline.data.listing import Entry, Listing
 from pipeline.data.photo import SUFFIXES, read_photo
@@ -37,7 +38,7 @@ def open_listing(data: Folder, split: str) -> Listing:
     """Raises DataError when the split is missing, empty, or of mixed layout."""
     base = _base(data, split)
     classes = _classes(data, base) if data.labels else []
-    entries = list(_entries(base, classes))
+    entries = list(_entries(base, classes, data.on_bad_image))
     if not entries:
         raise DataError(f"{base} has no {WANTED} images; give a folder of images with data.root")
 
@@ -77,7 +78,7 @@ def _classes(data: Folder, base: Path) -> list[str]:
     return names
 
 
-def _entries(base: Path, classes: list[str]) -> Iterator[Entry]:
+def _entries(base: Path, classes: list[str], on_bad_image: str) -> Iterator[Entry]:
     """All images below a folder, each in the folder of a known class where there are classes."""
     labels = {name: label for label, name in enumerate(classes)}
     for path in _walk(base):
@@ -88,7 +89,7 @@ def _entries(base: Path, classes: list[str]) -> Iterator[Entry]:
                 f"{path} is in none of the class folders ({', '.join(classes)}); move it into one, or set data.labels "
                 "to false"
             )
-        yield Entry(relative, _size(path), label)
+        yield Entry(relative, image_size(path, on_bad_image), label)
 
 
 def _walk(base: Path) -> Iterator[Path]:
@@ -114,14 +115,6 @@ def _unreadable(error: OSError) -> None:
     raise DataError(
         f"cannot list the folder {error.filename} ({error.strerror}); make it readable, or remove it"
     )
-
-
-def _size(path: Path) -> int:
-    """Raises DataError for a link to nowhere."""
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise DataError(f"cannot read the image {path} ({error.strerror}); remove or replace it") from error
 
 
 def pick(entries: list[Entry], data: Folder, split: str) -> list[Entry]:

@@ -36,7 +36,7 @@ def open_listing(data: ImageNet, split: str) -> Listing:
     base = _base(data.root)
     wnids = folders_in(base / "train", MEND)
     labels = {wnid: label for label, wnid in enumerate(wnids)}
-    entries = _in_folders(base, "train", labels) if split == "train" else _val(data.root, base, labels)
+    entries = _in_folders(data, "train", labels) if split == "train" else _val(data, labels)
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
         return read_photo(base / entry.id, shorter_side)
@@ -50,23 +50,25 @@ def _base(root: Path) -> Path:
     return kaggle if kaggle.is_dir() else root
 
 
-def _in_folders(base: Path, split: str, labels: Mapping[str, int]) -> Iterator[Entry]:
+def _in_folders(data: ImageNet, split: str, labels: Mapping[str, int]) -> Iterator[Entry]:
+    base = _base(data.root)
     for wnid in folders_in(base / split, MEND):
         if wnid not in labels:
             raise DataError(
                 f"{base / split / wnid} is a class that {base / 'train'} does not have; remove one or add it"
             )
-        images = list(images_in(base / split / wnid))
+        images = list(images_in(base / split / wnid, data.on_bad_image))
         if not images:
             raise DataError(f"{base / split / wnid} has no images; unpack it again, or remove it")
         for name, size in images:
             yield Entry(f"{split}/{wnid}/{name}", size, labels[wnid])
 
 
-def _val(root: Path, base: Path, labels: Mapping[str, int]) -> Iterator[Entry]:
-    flat = list(images_in(base / "val")) if (base / "val").is_dir() else []
+def _val(data: ImageNet, labels: Mapping[str, int]) -> Iterator[Entry]:
+    base = _base(data.root)
+    flat = list(images_in(base / "val", data.on_bad_image)) if (base / "val").is_dir() else []
     if not flat:
-        yield from _in_folders(base, "val", labels)
+        yield from _in_folders(data, "val", labels)
         return
     sorted_into = next((wnid for wnid in labels if (base / "val" / wnid).is_dir()), None)
     if sorted_into is not None:
@@ -74,7 +76,7 @@ def _val(root: Path, base: Path, labels: Mapping[str, int]) -> Iterator[Entry]:
             f"{base / 'val' / min(flat)[0]} lies beside class folders such as {sorted_into}; remove it, or move it "
             "into its class"
         )
-    source, known = _wnids_of_val(root, base)
+    source, known = _wnids_of_val(data.root, base)
     for name, size in flat:
         wnid = known.get(os.path.splitext(name)[0])
         if wnid is None:

@@ -157,6 +157,15 @@ def test_a_class_without_a_readable_image_is_named(root: Path) -> None:
         pack(root, "train", Quiet())
 
 
+@pytest.mark.parametrize("source", ["imagenet", "folder"])
+def test_a_link_to_nowhere_is_left_out_too(root: Path, source: str) -> None:
+    (root / "train/n1/9.jpg").symlink_to(root / "gone.jpg")
+    told = Told()
+    assert len(pack(root, "train", told, source=source)) == 10
+    assert any("train/n1/9.jpg (" in line and "No such file" in line for line in told.lines)
+    assert told.lines[-1].startswith("3 of 13 images of train cannot be read")
+
+
 def test_folders_too(root: Path) -> None:
     told = Told()
     assert len(pack(root / "train", "train", told, source="folder", val_per_class=1)) == 8
