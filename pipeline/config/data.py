@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from pipeline.config.base import Fraction, Positive, Seed, Settings
 
-Root = Annotated[Path, AfterValidator(Path.expanduser)]
+
+def _named(folder: Any) -> Any:
+    if isinstance(folder, str) and not folder.strip():
+        raise ValueError("is empty; name the data set's folder (. is the one you are in)")
+    return folder
+
+
+Root = Annotated[Path, BeforeValidator(_named), AfterValidator(Path.expanduser)]
 
 
 class Source(Settings):

@@ -228,3 +228,25 @@ def test_a_bad_value_is_told_once_where_the_file_has_it() -> None:
         "  sweep.e2kd.temperature",
         "  sweep.e2kd.explanation_weight",
     ]
+
+
+@pytest.mark.parametrize("seed", [2**31, 99999999999999999999999, -1])
+def test_a_seed_is_one_that_torch_takes(seed: int) -> None:
+    teacher = {"model": "toy/resnet", "train": {"epochs": 1, "seed": seed}}
+    data = {"source": "toybirds", "seed": seed}
+    with pytest.raises(ConfigError) as caught:
+        parse({**MINIMAL, "seeds": [seed], "teacher": teacher, "data": data})
+    for key in ("seeds.0", "teacher.train.seed", "data.seed"):
+        assert f"  {key}: input should be " in str(caught.value)
+    with pytest.raises(ConfigError, match=r"data\.split_seed: input should be "):
+        parse({**MINIMAL, "data": {"source": "folder", "root": "photos", "split_seed": seed}})
+    assert parse({**MINIMAL, "seeds": [2**31 - 1]}).seeds == (2**31 - 1,)
+
+
+@pytest.mark.parametrize("root", ["", " "])
+def test_a_data_set_on_disk_has_a_folder(root: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root: is empty; name the data set's folder"):
+        parse({**MINIMAL, "data": {"source": "folder", "root": root}})
+    data = {"source": "waterbirds", "root": ".", "cub": root}
+    with pytest.raises(ConfigError, match=r"data\.cub: is empty"):
+        parse({**MINIMAL, "data": data})
