@@ -8,9 +8,10 @@ from collections.abc import Collection
 from artifacts import ImageSet, open_images
 from artifacts.errors import ConfigError
 from artifacts.packing import write_images
-from artifacts.places import place
+from artifacts.places import Place, place
 from pipeline.config import DataConfig, Experiment, Files
 from pipeline.data import Source, open_source, split_names
+from pipeline.data.protocol import cut_together
 from pipeline.data.unlabelled import Unlabelled
 from pipeline.data.unreadable import UnreadableImages
 from pipeline.layout import Layout
@@ -64,7 +65,17 @@ def _opened(
     if not isinstance(data, Files) or data.on_bad_image == "stop":
         return open_source(data, split, side)
     beside = place(layout.shared or layout.root) / f"images/{folder}"
-    return open_source(data, split, side, UnreadableImages(beside, side, progress))
+    unreadable = UnreadableImages(beside, side, progress, split, _begun(data, split, beside))
+    return open_source(data, split, side, unreadable)
+
+
+def _begun(data: Files, split: str, beside: Place) -> list[str]:
+    """Of the splits that are cut from the same published one, those that are packed, or were begun."""
+    return [
+        name
+        for name in cut_together(data, split)
+        if any((beside / name).exists(file) for file in ("packing.json", "index.json"))
+    ]
 
 
 def _other(experiment: Experiment, split: str, name: str) -> DataConfig:

@@ -74,6 +74,12 @@ def published_split(data: Files, split: str) -> str:
     return "train" if split == "val" and "val" not in published.split_names(data) else split
 
 
+def cut_together(data: Files, split: str) -> list[str]:
+    """The splits whose images come from the same published split, itself among them."""
+    origin = published_split(data, split)
+    return [name for name in split_names(data) if published_split(data, name) == origin]
+
+
 def in_order(entries: Iterable[Entry], seed: int) -> list[Entry]:
     """By a hash of (seed, id): any first n are a random choice, the same on every machine."""
     return sorted(entries, key=lambda entry: (rank(entry.id, seed), entry.id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,13 +99,17 @@ def test_stop_is_the_default_and_names_the_file(root: Path) -> None:
 
 
 def test_the_finding_is_kept_for_the_other_split_and_for_a_resumed_pack(root: Path) -> None:
-    """val and train are cut from the published train: it is decoded once, and cut after the bad ones are out."""
-    first, second = Told(), Told()
+    """val and train are cut from the published train: it is decoded and reported once, and cut after the bad ones."""
+    first, second, resumed = Told(), Told(), Told()
     val = pack(root, "val", first, val_per_class=2)
     train = pack(root, "train", second, val_per_class=2)
     assert "check train" in first.counts
     assert "check train" not in second.counts
-    assert second.lines == first.lines
+    assert (len(first.lines), second.lines) == (3, [])
+    (root.parent / "out/images/train/index.json").unlink()
+    assert pack(root, "train", resumed, val_per_class=2) == train
+    assert "check train" not in resumed.counts
+    assert resumed.lines == first.lines
     assert (len(val), len(train)) == (4, 6)
     kept = json.loads((root.parent / "out/images/unreadable-train.json").read_text())
     assert set(kept["unreadable"]) == {"train/n1/2.jpg", "train/n2/4.jpg"}
@@ -138,16 +143,37 @@ def test_a_finding_about_other_images_does_not_count(root: Path, damage: str) ->
     assert len(json.loads(file.read_text())["unreadable"]) == (3 if damage == "other images" else 2)
 
 
-def test_a_mended_image_of_the_same_size_is_back(root: Path) -> None:
-    cut, sound = root / "train/n1/2.jpg", (root / "train/n1/3.jpg").read_bytes()
-    cut.write_bytes(bytes(len(sound)))
-    pack(root, "val", Quiet(), val_per_class=2)
-    cut.write_bytes(sound)
+def repair(root: Path) -> None:
+    """n1/2 is sound again, and has as many bytes as before."""
+    cut, size = root / "train/n1/2.jpg", (root / "train/n1/2.jpg").stat().st_size
+    Image.new("L", (1, 1)).save(cut)
+    cut.write_bytes(cut.read_bytes().ljust(size, b"\0"))
+    assert cut.stat().st_size == size
+
+
+def test_a_repaired_image_of_the_same_size_is_packed_anew(root: Path) -> None:
+    pack(root, "train", Quiet())
+    repair(root)
+    (root.parent / "out/images/train/index.json").unlink()
+    assert "train--n1--2" not in pack(root, "train", Quiet())  # the same packing goes on
+    shutil.rmtree(root.parent / "out/images/train")
     told = Told()
-    pack(root, "train", told, val_per_class=1)
-    assert "check train" not in told.counts
+    assert "train--n1--2" in pack(root, "train", told)
+    assert told.lines[-1].startswith("1 of 12 images of train cannot be read")
     kept = json.loads((root.parent / "out/images/unreadable-train.json").read_text())
     assert set(kept["unreadable"]) == {"train/n2/4.jpg"}
+
+
+def test_a_repaired_image_that_a_packed_split_left_out(root: Path) -> None:
+    """val would be cut elsewhere with it, and share images with train."""
+    pack(root, "val", Quiet(), val_per_class=2)
+    repair(root)
+    with pytest.raises(
+        DataError, match=r"n1/2\.jpg can be read now, but val left it out; .*rm -r .*images/val"
+    ):
+        pack(root, "train", Quiet(), val_per_class=2)
+    shutil.rmtree(root.parent / "out/images/val")
+    assert len(pack(root, "train", Quiet(), val_per_class=2)) == 7
 
 
 def test_a_class_without_a_readable_image_is_named(root: Path) -> None:
@@ -195,7 +221,7 @@ def test_masks_are_read_too_and_the_warning_filters_are_left_alone(tmp_path: Pat
     before = list(warnings.filters)
     listing = Listing(["a"], [Entry(str(number), 1, 0) for number in range(3000)], read, mask)
     told = Told()
-    found = UnreadableImages(place(tmp_path), 16, told)("train/extra", listing)
+    found = UnreadableImages(place(tmp_path), 16, told, "train/extra")("train/extra", listing)
     assert found == ["7"]
     assert told.counts == {"check train/extra": 3000}
     assert (tmp_path / "unreadable-train--extra.json").exists()
