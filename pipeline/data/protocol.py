@@ -60,8 +60,7 @@ def open_split(
 
 def _check_classes_left(data: Files, split: str, listing: Listing, entries: Sequence[Entry]) -> None:
     """Raises DataError where a class has lost all of its images."""
-    before = {entry.label for entry in listing.entries if isinstance(entry.label, int)}
-    gone = before - {entry.label for entry in entries}
+    gone = _labels(listing.entries) - _labels(entries)
     if gone:
         raise DataError(
             f"no image of class {listing.classes[min(gone)]} in {split} of {data.root} can be read; replace them, or "
@@ -191,6 +190,11 @@ def _check_labels(data: Files, listing: Listing, entries: Sequence[Entry]) -> No
                 f"{data.root}: {entry.id} has the label {entry.label}, but there are {len(listing.classes)} classes; "
                 "correct it"
             )
+
+
+def _labels(entries: Iterable[Entry]) -> set[int]:
+    several = ((entry.label,) if isinstance(entry.label, int) else entry.label or () for entry in entries)
+    return {label for labels in several for label in labels}
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,13 @@ def test_a_tar_of_two_splits(tmp_path: Path, pattern: str) -> None:
         open_source(config, "train")
 
 
+def test_a_class_that_only_an_unreadable_image_has(tmp_path: Path) -> None:
+    members = {"0.png": image(), "0.json": about(label=[0]), "1.png": b"", "1.json": about(label=[0, 2])}
+    tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=r"no image of class 2 in train of .* can be read; replace them"):
+        open_source(data(tmp_path), "train", unreadable=lambda split, listing: ["a/1"])
+
+
 def test_what_webdataset_writes_and_reads_is_what_we_read(tmp_path: Path) -> None:
     """The same samples under the same names, also where directories have dots and names many."""
     with TarWriter(str(tmp_path / "a.tar")) as writer:
