@@ -93,21 +93,23 @@ def _entries(base: Path, classes: list[str], on_bad_image: str) -> Iterator[Entr
 
 
 def _walk(base: Path) -> Iterator[Path]:
-    """Image files below a folder, hidden ones left out."""
+    """Image files below a folder, hidden ones left out. Raises DataError for a link to a folder that it lies in."""
     for folder, folders, names in os.walk(base, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            _check_no_loop(Path(folder, name))
+        for link in (Path(folder, name) for name in folders):
+            if link.is_symlink():
+                _check_no_loop(link, base)
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
                 yield Path(folder, name)
 
 
-def _check_no_loop(folder: Path) -> None:
-    """Raises DataError for a link to a folder that it lies in."""
-    if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
+def _check_no_loop(link: Path, base: Path) -> None:
+    """Compared with every folder that was entered on the way from `base`, which may itself be behind a link."""
+    target, above = link.resolve(), link.relative_to(base).parents
+    if any((base / folder).resolve().is_relative_to(target) for folder in above):
         raise DataError(
-            f"{folder} links to a folder that it lies in, so that its images would count twice; remove it"
+            f"{link} links to a folder that it lies in, so that its images would count twice; remove it"
         )
 
 

@@ -251,6 +251,35 @@ def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
         open_source(folder(tmp_path), "train")
 
 
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("train/a/loop", "train/a"), ("train/a/loop", "train"), ("train/a/loop", "."), ("train/loop", "train")],
+)
+def test_a_link_to_a_folder_around_it_is_an_error(tmp_path: Path, link: str, target: str) -> None:
+    photo(tmp_path / "train/a/1.png")
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(DataError, match=r"loop links to a folder that it lies in, .*; remove it"):
+        open_source(folder(tmp_path), "train")
+
+
+def test_two_folders_that_link_to_each_other(tmp_path: Path) -> None:
+    photo(tmp_path / "train/a/1.png")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "train/a/there").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(tmp_path / "train/a")
+    with pytest.raises(DataError, match=r"there/back links to a folder that it lies in"):
+        open_source(folder(tmp_path), "train")
+
+
+def test_links_to_other_folders_are_followed(tmp_path: Path) -> None:
+    photo(tmp_path / "elsewhere/deep/1.png")
+    photo(tmp_path / "set/train/a/2.png")
+    (tmp_path / "set/train/a/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/train/b").symlink_to(tmp_path / "elsewhere")
+    found = paths_of(folder(tmp_path / "set", val_fraction=0), "train")
+    assert found == {"a/2.png", "a/more/deep/1.png", "b/deep/1.png"}
+
+
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     photo(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
     raw = open_source(folder(tmp_path), "val").raw(0)
@@ -297,10 +326,3 @@ def test_a_split_left_empty(tmp_path: Path, fraction: float, split: str, mend: s
     photo(tmp_path / "1.png")
     with pytest.raises(DataError, match=rf"left for {split}.*{mend}"):
         open_source(folder(tmp_path, val_fraction=fraction), split)
-
-
-def test_a_link_to_a_folder_around_it_is_an_error(tmp_path: Path) -> None:
-    photo(tmp_path / "a" / "0.png")
-    (tmp_path / "a" / "loop").symlink_to(".")
-    with pytest.raises(DataError, match=r"a/loop links to a folder that it lies in"):
-        paths_of(folder(tmp_path), "train")
