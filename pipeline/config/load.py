@@ -71,7 +71,7 @@ class _OnceEach(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
+        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)  # a SafeLoader
     except FileNotFoundError:
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}.yaml?" if near else "; the configs are in configs/"
