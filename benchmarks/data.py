@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pipeline.data.blocks import BLOCK, Block
-from pipeline.data.toybirds import draw_block as bird_block
-from pipeline.data.toyshapes import draw_block as shape_block
+from pipeline.data.toys.blocks import BLOCK, Block
+from pipeline.data.toys.toybirds import draw_block as bird_block
+from pipeline.data.toys.toyshapes import draw_block as shape_block
 
 BLOCKS = 20
 

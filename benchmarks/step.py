@@ -26,11 +26,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pipeline import explainers
-from pipeline.compiled import CompiledLosses, StepLosses
+from pipeline import explain as explainers
 from pipeline.config import ModelConfig, StudentConfig
-from pipeline.data.loader import Targets
-from pipeline.launch import start
+from pipeline.data.batches import Targets
+from pipeline.devices import start
+from pipeline.distill.compile import CompiledLosses, StepLosses
 from pipeline.models import build
 
 CLASSES, EVERY = 10, 16

@@ -33,14 +33,14 @@ from artifacts.codecs import get_codec
 from artifacts.images import ImageSet
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
 from artifacts.writer import ShardStream, StoreWriter
-from pipeline import explainers
-from pipeline.codec_cost import codec_cost
+from pipeline import explain as explainers
 from pipeline.config import AugmentConfig, ModelConfig, parse
-from pipeline.layout import Layout
+from pipeline.data.pack import pack_split
 from pipeline.models import build
-from pipeline.pack import pack_split
-from pipeline.precompute import answer_shards
+from pipeline.precompute.answer import answer_shards
+from pipeline.precompute.codec_cost import codec_cost
 from pipeline.progress import Quiet
+from pipeline.workspace import Layout
 
 SIZE, PER_SHARD, BATCH, ROUNDS = 224, 256, 16, 5
 

@@ -63,8 +63,9 @@ def _explain(device: str) -> None:
     """A GradCAM student step: forward, map, loss, double use of the head's gradient, backward."""
     import torch
 
-    from pipeline import explainers, losses
+    from pipeline import explain as explainers
     from pipeline.config import ModelConfig
+    from pipeline.distill import losses
     from pipeline.models import build
 
     explainer = explainers.build("gradcam", build(ModelConfig(model="toy/resnet", width=4), 3)).to(device)
@@ -78,7 +79,7 @@ def _augment(device: str) -> None:
     """A paired warp of images and maps."""
     import torch
 
-    from pipeline.augment import PairedAugment
+    from pipeline.augment.paired import PairedAugment
     from pipeline.config import AugmentConfig
 
     images = torch.zeros(2, 3, 48, 48, dtype=torch.uint8, device=device)

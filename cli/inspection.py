@@ -28,7 +28,7 @@ from cli.console import progress
 
 if TYPE_CHECKING:
     from pipeline.config import Experiment
-    from pipeline.layout import Layout
+    from pipeline.workspace import Layout
 
 
 def describe(url: str) -> None:
@@ -42,7 +42,7 @@ def describe(url: str) -> None:
 
 def portray(url: str, row: int | None, key: str | None, images_url: str | None, png: Path) -> None:
     """Draw one row of a store."""
-    from pipeline.portrait import draw_row
+    from pipeline.report.row import draw_row
 
     store, images = open_store(url), _images_of(place(url), images_url)
     if store.manifest.images != images.fingerprint:
@@ -139,8 +139,8 @@ def _count(report: VerifyReport) -> str:
 
 
 def _repair(where: Place, report: VerifyReport, experiment: Experiment, layout: Layout) -> None:
-    from pipeline.launch import start
-    from pipeline.repair import experiment_store, repair_images, repair_store
+    from pipeline.devices import start
+    from pipeline.precompute.repair import experiment_store, repair_images, repair_store
 
     split, is_images = experiment_store(experiment, layout, where)
     if is_images:
@@ -150,11 +150,11 @@ def _repair(where: Place, report: VerifyReport, experiment: Experiment, layout: 
 
 
 def _ask_again(where: Place, share: str, experiment: Experiment, layout: Layout) -> int:
-    from pipeline.audit import audit, random_rows
-    from pipeline.launch import start
-    from pipeline.precompute import open_matching_store
-    from pipeline.repair import experiment_store
-    from pipeline.teacher import build_explainer, load_teacher
+    from pipeline.devices import start
+    from pipeline.precompute.answer import open_matching_store
+    from pipeline.precompute.audit import audit, random_rows
+    from pipeline.precompute.repair import experiment_store
+    from pipeline.training.trained import build_explainer, load_teacher
 
     split, _ = experiment_store(experiment, layout, where)
     images, fabric = open_images(layout.images(split)), start()
@@ -185,7 +185,7 @@ def _ask_again(where: Place, share: str, experiment: Experiment, layout: Layout)
 def _experiment(where: Place, config: Path | None, overrides: Sequence[str]) -> tuple[Experiment, Layout]:
     """The experiment that the place belongs to: `config`, or out/X/config.yaml of out/X/stores/NAME/SPLIT."""
     from pipeline.config import load
-    from pipeline.layout import Layout
+    from pipeline.workspace import Layout
 
     if config is None:
         root = _root(where)

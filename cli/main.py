@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from pipeline.config import Experiment
-    from pipeline.layout import Layout
     from pipeline.progress import Progress
+    from pipeline.workspace import Layout
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ ImagesOpt = Annotated[str | None, typer.Option(metavar="URL", help="default: the
 def pack(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
     """Write the source images as WebDataset shards of the canonical view."""
     job = _open(config, set_, out, dry_run)
-    from pipeline.pack import pack as stage
+    from pipeline.data.pack import pack as stage
 
     stage(job.experiment, job.layout, job.progress)
     job.progress.say(f"packed: {', '.join(str(job.layout.images(s)) for s in job.experiment.packed_splits)}")
@@ -62,7 +62,7 @@ def pack(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: Dr
 def teach(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
     """Train the config's teacher, guided to look at the object where the config says so."""
     job = _open(config, set_, out, dry_run)
-    from pipeline.stages import prepare_teacher
+    from pipeline.order.stages import prepare_teacher
 
     prepare_teacher(job.experiment, job.layout, job.fabric(), job.progress)
     job.progress.say(f"taught: {job.layout.teacher}")
@@ -85,8 +85,8 @@ def precompute(
     after `e2kd pack` and `e2kd teach`.
     """
     job = _open(config, set_, out, dry_run)
-    from pipeline.launch import Part
-    from pipeline.stages import prepare_stores
+    from pipeline.devices import Part
+    from pipeline.order.stages import prepare_stores
 
     part = Part.of(rank, world)
     if prepare_stores(job.experiment, job.layout, job.fabric(), job.progress, part):
@@ -114,8 +114,8 @@ def distill(
     once: a run is one process's (or one torchrun's) at a time.
     """
     job = _open(config, set_, out, dry_run)
-    from pipeline.launch import Part
-    from pipeline.stages import distill_all, distill_at_once
+    from pipeline.devices import Part
+    from pipeline.order.stages import distill_all, distill_at_once
 
     students = _pick_students(job.experiment, student)
     seeds = _pick("seed", seed, list(job.experiment.seeds))
@@ -136,7 +136,7 @@ def distill(
 def evaluate(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
     """Score every finished student again on the config's splits (after changing `evaluate`)."""
     job = _open(config, set_, out, dry_run)
-    from pipeline.stages import evaluate_all
+    from pipeline.order.stages import evaluate_all
 
     evaluate_all(job.experiment, job.layout, job.fabric(), job.progress)
     _report(job)
@@ -251,14 +251,14 @@ class _Job:
         self.progress: Progress = _progress()
 
     def fabric(self) -> Fabric:
-        from pipeline.launch import start
+        from pipeline.devices import start
 
         return start()
 
 
 def _open(config: Path, overrides: Sequence[str] | None, out: Path | None, dry_run: bool) -> _Job:
     from pipeline.config import dump, load
-    from pipeline.layout import Layout
+    from pipeline.workspace import Layout
 
     experiment = load(config, overrides or ())
     if dry_run:
@@ -288,7 +288,7 @@ def _pick(what: str, wanted: Sequence[T] | None, known: Sequence[T]) -> list[T]:
 
 def _pick_students(experiment: Experiment, wanted: Sequence[str] | None) -> list[str]:
     """By name; a swept student's name stands for all its candidates."""
-    from pipeline.sweep import methods
+    from pipeline.training.choice import methods
 
     swept = {method.name: method.candidates for method in methods(experiment)}
     known = dict.fromkeys([*swept, *experiment.students])

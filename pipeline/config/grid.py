@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from pipeline.config.problems import unknown_key
 from pipeline.config.training import StudentConfig
-from pipeline.problems import unknown_key
 
 
 def expand(students: dict[str, Any], sweep: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

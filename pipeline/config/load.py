@@ -16,8 +16,8 @@ from pipeline.config.base import Settings
 from pipeline.config.data import SOURCES
 from pipeline.config.experiment import Experiment
 from pipeline.config.grid import expand
+from pipeline.config.problems import describe, unknown_key
 from pipeline.config.training import StudentConfig
-from pipeline.problems import describe, unknown_key
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -6,9 +6,10 @@ import difflib
 
 from artifacts.errors import ConfigError
 from pipeline.config import DataConfig, ToyBirds, ToyShapes
-from pipeline.data import protocol, toybirds, toyshapes
+from pipeline.data import protocol
 from pipeline.data.protocol import FindUnreadable
 from pipeline.data.source import FirstRows, RawSample, Source
+from pipeline.data.toys import toybirds, toyshapes
 
 __all__ = ["RawSample", "Source", "open_source", "split_names"]
 

@@ -11,11 +11,11 @@ from functools import cached_property
 
 from artifacts.errors import ConfigError, DataError
 from pipeline.config import Files, Folder
-from pipeline.data import published
-from pipeline.data.folder import pick
-from pipeline.data.keys import name_bytes, printable, rank, safe_keys
-from pipeline.data.listing import Entry, Listing
+from pipeline.data.reading.keys import name_bytes, printable, rank, safe_keys
+from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.source import RawSample
+from pipeline.data.sources import published
+from pipeline.data.sources.folder import pick
 
 FindUnreadable = Callable[[str, Listing], Collection[str]]
 """(published split, its listing) -> ids of the images to leave out."""

@@ -14,12 +14,12 @@ import json
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError
 from pipeline.config import Experiment
-from pipeline.layout import Layout
 from pipeline.report.about import wanting
 from pipeline.report.markdown import markdown, markdown_table
 from pipeline.report.page import page
 from pipeline.report.results import Results
 from pipeline.report.tables import short_table
+from pipeline.workspace import Layout
 
 FORMAT = 4
 """Raised when the pictures or the page are drawn otherwise, so that old reports are drawn again."""

@@ -10,12 +10,12 @@ from typing import Any
 from artifacts import ImageSet, TeacherStore, open_images, open_store
 from artifacts.errors import E2kdError
 from pipeline.config import Experiment, StudentConfig
-from pipeline.data.loader import batches_per_epoch
+from pipeline.data.batches import batches_per_epoch
 from pipeline.data.rows import select_rows
-from pipeline.layout import CODEC_COST, FREEZING_GAP
 from pipeline.report.document import Cell, Facts, Table
 from pipeline.report.results import Method, Results, flatten
 from pipeline.report.statistics import summarise
+from pipeline.workspace import CODEC_COST, FREEZING_GAP
 
 MIB = 2**20
 
@@ -149,8 +149,8 @@ def _versions(results: Results) -> list[tuple[str, str]]:
 
 def _measured(results: Results) -> Iterator[tuple[str, str]]:
     """What freezing and storing cost, as precompute measured it."""
-    from pipeline.codec_cost import tell as tell_cost
-    from pipeline.gap import tell as tell_gap
+    from pipeline.precompute.codec_cost import tell as tell_cost
+    from pipeline.precompute.freezing_gap import tell as tell_gap
 
     measured = results.measured()
     for name, tell in ((FREEZING_GAP, tell_gap), (CODEC_COST, tell_cost)):

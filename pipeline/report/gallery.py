@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from artifacts import ImageSet, open_images
 from artifacts.errors import E2kdError
 from pipeline.data.source import Label
-from pipeline.explainers import heat
-from pipeline.explainers.bcos import colour
-from pipeline.overlay import overlay, save
-from pipeline.precompute import open_matching_store
+from pipeline.evaluate.students import load_student
+from pipeline.explain import heat
+from pipeline.explain.bcos import colour
+from pipeline.precompute.answer import open_matching_store
 from pipeline.report.document import Block, Picture, Text
+from pipeline.report.overlay import overlay, save
 from pipeline.report.pictures import grid
 from pipeline.report.results import Results
-from pipeline.student import load_student
 
 PER_SPLIT = 4
 """Example images of each split: the first ones of the classes in turn, never picked by how they look."""

@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pipeline.overlay import save
 from pipeline.report.document import Picture
+from pipeline.report.overlay import save
 from pipeline.report.results import Results
 from pipeline.report.statistics import Summary, summarise
 

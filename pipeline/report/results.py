@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline import sweep
 from pipeline.config import Experiment, StudentConfig
-from pipeline.evaluate import read_samples, samples_file
-from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, read_measured, teacher_scores
+from pipeline.evaluate.scores import read_samples, samples_file
+from pipeline.evaluate.students import scored_elsewhere
 from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
-from pipeline.run import Run, run_settings
-from pipeline.student import scored_elsewhere
+from pipeline.training import choice as sweep
+from pipeline.training.run import Run, run_settings
+from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, read_measured, teacher_scores
 
 STAGE_1 = ("data.", "view.", "teacher.", "explain.")
 """Settings that images, teacher and stores were made by; those of ELSEWHERE say only where they are read from."""

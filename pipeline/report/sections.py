@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.paper import PaperTable
-from pipeline.paper import table as paper_table
 from pipeline.report import about
 from pipeline.report.document import Block, Cell, Document, Heading, Picture, Row, Table, Text
+from pipeline.report.paper import PaperTable
+from pipeline.report.paper import table as paper_table
 from pipeline.report.results import Results
 from pipeline.report.tables import candidate_table, group_tables, score_table
 

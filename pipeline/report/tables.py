@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.paper import PaperTable
 from pipeline.report.document import Cell, Table
+from pipeline.report.paper import PaperTable
 from pipeline.report.results import Method, Results
 from pipeline.report.statistics import summarise
 

@@ -14,12 +14,12 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from pipeline import distill
 from pipeline.config import Experiment, parse
-from pipeline.layout import Layout
+from pipeline.distill import run as distill
+from pipeline.order.stages import prepare_stores
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.stages import prepare_stores
+from pipeline.training.run import Run
+from pipeline.workspace import Layout
 
 TINY: dict[str, Any] = {
     "data": {"source": "toybirds", "limit": 96},

@@ -12,11 +12,11 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from conftest import tiny  # noqa: E402
 
-from pipeline import distill as module  # noqa: E402
-from pipeline.launch import start  # noqa: E402
-from pipeline.layout import Layout  # noqa: E402
+from pipeline.devices import start  # noqa: E402
+from pipeline.distill import run as module  # noqa: E402
+from pipeline.order.stages import prepare_stores  # noqa: E402
 from pipeline.progress import Quiet  # noqa: E402
-from pipeline.stages import prepare_stores  # noqa: E402
+from pipeline.workspace import Layout  # noqa: E402
 
 
 def main(root: Path, student: str) -> None:

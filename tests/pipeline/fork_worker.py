@@ -23,12 +23,12 @@ from conftest import tiny  # noqa: E402
 from lightning_fabric import Fabric  # noqa: E402
 
 from cli.main import run_guarded  # noqa: E402
-from pipeline import precompute as module  # noqa: E402
 from pipeline.config import Experiment  # noqa: E402
-from pipeline.launch import Part, start  # noqa: E402
-from pipeline.layout import Layout  # noqa: E402
+from pipeline.devices import Part, start  # noqa: E402
+from pipeline.order.stages import prepare_stores  # noqa: E402
+from pipeline.precompute import answer as module  # noqa: E402
 from pipeline.progress import Quiet  # noqa: E402
-from pipeline.stages import prepare_stores  # noqa: E402
+from pipeline.workspace import Layout  # noqa: E402
 
 Asked = Callable[[range], None]
 LONGEST = 120  # seconds; then SIGALRM ends a process that hangs

@@ -19,15 +19,15 @@ from artifacts.codecs import get_codec
 from artifacts.manifest import ManifestDraft
 from artifacts.writer import StoreWriter
 from cli.main import app, run_guarded
-from pipeline.audit import Audit, audit, random_rows, upper_bound
 from pipeline.config import Experiment
-from pipeline.explainers.gradcam import Explained
-from pipeline.layout import Layout
-from pipeline.precompute import _ask, precompute
+from pipeline.explain.gradcam import Explained
+from pipeline.precompute.answer import _ask, precompute
+from pipeline.precompute.audit import Audit, audit, random_rows, upper_bound
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.teacher import build_explainer, load_teacher
-from pipeline.train import kept_weights
+from pipeline.training.loop import kept_weights
+from pipeline.training.run import Run
+from pipeline.training.trained import build_explainer, load_teacher
+from pipeline.workspace import Layout
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TV
 
-from pipeline.augment import _NOMINAL, PairedAugment, _params, warp
+from pipeline.augment.counter import key_ids
+from pipeline.augment.paired import _NOMINAL, PairedAugment, _params, warp
+from pipeline.augment.warp import coverage, inside, sampling_grid, shrink
 from pipeline.config import AugmentConfig
-from pipeline.draws import key_ids
-from pipeline.warp import coverage, inside, sampling_grid, shrink
 
 COLOUR = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.3}
 MOVES = {"rotate": 25.0, "translate": 0.1, "shear": 5.0}

@@ -17,8 +17,8 @@ from bcos.modules import BcosConv2d, BcosLinear, BcosSequential, LogitLayer, nor
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
-from pipeline.explainers.bcos import BCos, colour, contributions
-from pipeline.explainers.gradcam import Explained
+from pipeline.explain.bcos import BCos, colour, contributions
+from pipeline.explain.gradcam import Explained
 from pipeline.models import bcos_layers
 from pipeline.models.bcos import NAMES, TRANSFORMERS, BCosClassifier, bcos_classifier, build_bcos
 from pipeline.models.bcos_layers import constant_in_backward

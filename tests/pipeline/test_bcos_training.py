@@ -17,17 +17,17 @@ from torch import nn
 
 from artifacts import open_images, open_store, verify_store
 from artifacts.errors import ConfigError, ModelError
-from pipeline import explainers
+from pipeline import explain as explainers
 from pipeline.config import Experiment, ModelConfig, StudentConfig
-from pipeline.layout import Layout
-from pipeline.losses import label_loss
+from pipeline.distill.losses import label_loss
 from pipeline.models import build
+from pipeline.order.stages import distill_all, prepare_stores
 from pipeline.progress import Quiet
 from pipeline.report import report
-from pipeline.run import Run
-from pipeline.stages import distill_all, prepare_stores
-from pipeline.teacher import build_explainer, load_teacher
-from pipeline.train import _clip
+from pipeline.training.loop import _clip
+from pipeline.training.run import Run
+from pipeline.training.trained import build_explainer, load_teacher
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 BCOS: dict[str, Any] = {

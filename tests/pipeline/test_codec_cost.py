@@ -17,9 +17,9 @@ from artifacts.codecs import get_codec
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
 from artifacts.packing import write_images
 from artifacts.writer import StoreWriter
-from pipeline.codec_cost import codec_cost, tell
 from pipeline.config import AugmentConfig
-from pipeline.explainers.gradcam import Explained
+from pipeline.explain.gradcam import Explained
+from pipeline.precompute.codec_cost import codec_cost, tell
 
 ROWS, SIDE = 64, 16
 CPU = torch.device("cpu")

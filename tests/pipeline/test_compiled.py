@@ -12,10 +12,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
-from pipeline import explainers
-from pipeline.compiled import CompiledLosses, StepLosses
+from pipeline import explain as explainers
 from pipeline.config import StudentConfig
-from pipeline.data.loader import Targets
+from pipeline.data.batches import Targets
+from pipeline.distill.compile import CompiledLosses, StepLosses
 from pipeline.models import BCosClassifier, build
 
 CLASSES, PX = 5, 24

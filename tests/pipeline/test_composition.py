@@ -25,11 +25,11 @@ from artifacts import ImageSet, Sample, TeacherRows, TeacherStore, open_images, 
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
 from artifacts.packing import write_images
 from artifacts.writer import StoreWriter
-from pipeline.augment import PairedAugment
+from pipeline.augment.paired import PairedAugment
 from pipeline.config import AugmentConfig, ExplainConfig, StudentConfig
-from pipeline.data.loader import Batch, PairedRows, TrainBatches
-from pipeline.distill import StudentStep
-from pipeline.explainers import Classes, Explained
+from pipeline.data.batches import Batch, PairedRows, TrainBatches
+from pipeline.distill.run import StudentStep
+from pipeline.explain import Classes, Explained
 
 ROWS, CLASSES, KEPT = 18, 5, 3
 SIZE, STORED, SEEN = 48, 12, 6

@@ -16,13 +16,13 @@ import yaml
 from lightning_fabric import Fabric
 from PIL import Image
 
-from pipeline import paper
 from pipeline.config import Experiment, load
-from pipeline.data.voc import CLASSES as VOC
-from pipeline.layout import Layout
+from pipeline.data.sources.voc import CLASSES as VOC
 from pipeline.models import build, save_weights
+from pipeline.order.stages import distill_all
 from pipeline.progress import Quiet
-from pipeline.stages import distill_all
+from pipeline.report import paper
+from pipeline.workspace import Layout
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))

@@ -15,8 +15,8 @@ from PIL import Image
 from artifacts.errors import DataError
 from pipeline.config import Folder
 from pipeline.data import open_source, split_names
-from pipeline.data.keys import safe_keys
-from pipeline.data.photo import read_photo
+from pipeline.data.reading.keys import safe_keys
+from pipeline.data.reading.photo import read_photo
 
 RED = (200, 30, 20)
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from artifacts.errors import ConfigError
 from pipeline.config import ToyBirds, ToyShapes
 from pipeline.data import RawSample, Source, open_source, split_names
-from pipeline.data.blocks import BLOCK, Block, shuffled_rounds
-from pipeline.data.toybirds import draw_block as bird_block
-from pipeline.data.toyshapes import SILHOUETTES
-from pipeline.data.toyshapes import draw_block as shape_block
+from pipeline.data.toys.blocks import BLOCK, Block, shuffled_rounds
+from pipeline.data.toys.toybirds import draw_block as bird_block
+from pipeline.data.toys.toyshapes import SILHOUETTES
+from pipeline.data.toys.toyshapes import draw_block as shape_block
 
 BIRDS = ToyBirds(source="toybirds")
 SHAPES = ToyShapes(source="toyshapes")

@@ -23,12 +23,12 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline import explainers
+from pipeline import explain as explainers
+from pipeline.augment.counter import Ids
 from pipeline.config import ExplainConfig, StudentConfig
-from pipeline.data.loader import Answers, Batch
-from pipeline.distill import StudentStep
-from pipeline.draws import Ids
-from pipeline.launch import start
+from pipeline.data.batches import Answers, Batch
+from pipeline.devices import start
+from pipeline.distill.run import StudentStep
 from pipeline.models import build
 from pipeline.models.sync_norm import convert
 

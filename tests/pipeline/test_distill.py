@@ -12,14 +12,14 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
 from artifacts.errors import ConfigError
-from pipeline import losses
+from pipeline.augment.warp import resample
 from pipeline.config import Experiment
-from pipeline.distill import distill
-from pipeline.layout import Layout
+from pipeline.distill import losses
+from pipeline.distill.run import distill
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.train import Diverged
-from pipeline.warp import resample
+from pipeline.training.loop import Diverged
+from pipeline.training.run import Run
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 CompareKilledRun = Callable[[Experiment, Layout, str, int], None]
@@ -158,7 +158,7 @@ def test_damaged_checkpoint_is_an_error_with_a_mend(
 
 
 def test_bf16_students_train(prepared: Layout, experiment_of: Tiny) -> None:
-    from pipeline.launch import start
+    from pipeline.devices import start
 
     result = _train(experiment_of(train__precision="bf16"), prepared, start("bf16"), "e2kd-frozen")
     assert result["splits"]

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.draws import bits, epoch_order, key_ids, uniform
+from pipeline.augment.counter import bits, epoch_order, key_ids, uniform
 
 seeds = st.integers(-(2**63), 2**63)
 IDS = key_ids([f"bird/{i:04d}" for i in range(4000)])
@@ -86,5 +86,5 @@ def test_every_row_visits_every_place() -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, pipeline.draws; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.augment.counter; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,10 +25,11 @@ from torch import Tensor
 from artifacts import Sample, open_images
 from artifacts.errors import ConfigError, DataError
 from artifacts.packing import write_images
-from pipeline import metrics
 from pipeline.config import EvaluateConfig
-from pipeline.data.loader import Answers, Batch, PairedRows
-from pipeline.evaluate import (
+from pipeline.data.batches import Answers, Batch, PairedRows
+from pipeline.devices import start
+from pipeline.evaluate import metrics
+from pipeline.evaluate.scores import (
     measure,
     read_samples,
     samples_file,
@@ -38,11 +39,10 @@ from pipeline.evaluate import (
     teacher_answers,
     teacher_answers_beyond,
 )
-from pipeline.explainers import Explained
-from pipeline.launch import start
-from pipeline.layout import Layout
-from pipeline.shift import shift_curve
-from pipeline.train import Diverged
+from pipeline.evaluate.shift import shift_curve
+from pipeline.explain import Explained
+from pipeline.training.loop import Diverged
+from pipeline.workspace import Layout
 
 SIZE = 8
 ROOT = Path(__file__).parents[2]

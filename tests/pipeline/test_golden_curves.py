@@ -26,15 +26,15 @@ from lightning_fabric import Fabric
 from artifacts import ImageSet, Sample, open_images
 from artifacts.packing import write_images
 from pipeline.config import Experiment, ModelConfig, parse
-from pipeline.distill import distill
-from pipeline.layout import Layout
+from pipeline.data.pack import pack
+from pipeline.distill.run import distill
 from pipeline.models import build, save_weights
-from pipeline.pack import pack
-from pipeline.precompute import precompute
+from pipeline.order.stages import prepare_stores
+from pipeline.precompute.answer import precompute
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.stages import prepare_stores
-from pipeline.teach import teach
+from pipeline.teach.run import teach
+from pipeline.training.run import Run
+from pipeline.workspace import Layout
 
 FILE = Path(__file__).parents[1] / "golden" / "curves.json"
 STEPS = 20

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from artifacts.errors import ConfigError, ModelError
-from pipeline import explainers
-from pipeline.explainers import Explained
+from pipeline import explain as explainers
+from pipeline.explain import Explained
 from pipeline.models import Classifier, classifier
 from pipeline.models.toy import ToyResNet
 

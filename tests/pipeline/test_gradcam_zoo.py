@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import explainers
+from pipeline import explain as explainers
 from pipeline.config import ModelConfig
-from pipeline.explainers import Explained
+from pipeline.explain import Explained
 from pipeline.models import build
 
 LAST_STAGE = {  # the module whose output is the last stage's features

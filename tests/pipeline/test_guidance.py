@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.draws import key_ids
-from pipeline.guidance import Kind, class_masks, guidance_loss, guided_classes
+from pipeline.augment.counter import key_ids
+from pipeline.teach.guidance import Kind, class_masks, guidance_loss, guided_classes
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 KINDS: tuple[Kind, ...] = get_args(Kind)

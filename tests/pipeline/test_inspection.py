@@ -13,7 +13,7 @@ import pytest
 from artifacts import open_images, open_store
 from cli.main import app, run_guarded
 from pipeline.config import Experiment
-from pipeline.layout import Layout
+from pipeline.workspace import Layout
 
 
 def e2kd(*arguments: object) -> int:

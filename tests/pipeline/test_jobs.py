@@ -14,10 +14,10 @@ import pytest
 
 from cli.main import app, run_guarded
 from pipeline.config import Experiment, dump
-from pipeline.jobs import devices, environment, run_jobs
-from pipeline.layout import Layout
+from pipeline.order.jobs import devices, environment, run_jobs
 from pipeline.progress import Quiet
-from pipeline.run import Run
+from pipeline.training.run import Run
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 
@@ -84,7 +84,7 @@ def test_cores_are_shared(count: int) -> None:
 def test_a_users_own_smaller_number_of_threads_stays(
     own: str, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.jobs._cores", lambda: 16)
+    monkeypatch.setattr("pipeline.order.jobs._cores", lambda: 16)
     assert environment({"OMP_NUM_THREADS": own}, 2, None)["OMP_NUM_THREADS"] == str(wanted)
 
 
@@ -96,7 +96,7 @@ def test_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 INTERRUPTED = """
 import sys
-from pipeline.jobs import run_jobs
+from pipeline.order.jobs import run_jobs
 from pipeline.progress import Quiet
 code = "import os, sys, time; open(sys.argv[1] + '/' + str(os.getpid()), 'w').close(); time.sleep(60)"
 try:

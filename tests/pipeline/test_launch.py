@@ -11,13 +11,13 @@ import pytest
 from lightning_fabric import Fabric
 
 from artifacts.errors import ConfigError, ImageSetError
-from pipeline import precompute as module
 from pipeline.config import Experiment
-from pipeline.launch import Part, start
-from pipeline.layout import Layout
-from pipeline.pack import pack
+from pipeline.data.pack import pack
+from pipeline.devices import Part, start
+from pipeline.order.stages import prepare_stores
+from pipeline.precompute import answer as module
 from pipeline.progress import Quiet
-from pipeline.stages import prepare_stores
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 SLURM = ("ARRAY_TASK_COUNT", "ARRAY_TASK_MIN", "ARRAY_TASK_MAX", "ARRAY_TASK_STEP", "ARRAY_TASK_ID")
@@ -188,7 +188,7 @@ def test_pixels_are_read_two_batches_ahead(
     monkeypatch.setattr(module.ImageSet, "read_images", read_images)
     monkeypatch.setattr(module, "_ask", ask)
     monkeypatch.setattr(module, "_write_teacher_scores", lambda *args: None)
-    monkeypatch.setattr("pipeline.stages.measure", lambda *args: None)
+    monkeypatch.setattr("pipeline.order.stages.measure", lambda *args: None)
     experiment = experiment_of(store__batch_size=8, evaluate={"select": None, "splits": ["train"]})
     prepare_stores(experiment, prepared, fabric, Quiet())
     assert asked[0] == 96

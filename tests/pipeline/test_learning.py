@@ -11,11 +11,11 @@ import pytest
 from lightning_fabric import Fabric
 
 from pipeline.config import Experiment
-from pipeline.distill import distill
-from pipeline.layout import Layout
+from pipeline.distill.run import distill
+from pipeline.order.stages import prepare_stores
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.stages import prepare_stores
+from pipeline.training.run import Run
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 

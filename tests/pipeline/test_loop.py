@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from artifacts import Sample, open_images
 from artifacts.packing import write_images
 from pipeline.config import Schedule
-from pipeline.data.loader import Batch, PairedRows, TrainBatches
+from pipeline.data.batches import Batch, PairedRows, TrainBatches
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.train import Diverged, fit, kept_weights
+from pipeline.training.loop import Diverged, fit, kept_weights
+from pipeline.training.run import Run
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Weights = dict[str, Array]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.losses import explanation_loss, kd_loss, multilabel_kd_loss
+from pipeline.distill.losses import explanation_loss, kd_loss, multilabel_kd_loss
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

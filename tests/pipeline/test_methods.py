@@ -14,12 +14,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from artifacts.errors import ConfigError, DataError, ModelError
-from pipeline import explainers
+from pipeline import explain as explainers
 from pipeline.config import Experiment, ModelConfig, PriorConfig
-from pipeline.distill import distill
-from pipeline.layout import Layout
-from pipeline.methods import Beside, build
-from pipeline.methods.losses import (
+from pipeline.distill.prior import Beside, build
+from pipeline.distill.prior.feature_stages import Stages
+from pipeline.distill.prior.losses import (
     AttentionTransfer,
     ClassAttentionTransfer,
     Contrast,
@@ -29,11 +28,12 @@ from pipeline.methods.losses import (
     contrast_loss,
     pyramid_distance,
 )
-from pipeline.methods.stages import Stages
+from pipeline.distill.run import distill
 from pipeline.models import Classifier
 from pipeline.models import build as build_model
 from pipeline.progress import Quiet
-from pipeline.run import Run
+from pipeline.training.run import Run
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 ROWS = torch.arange(4)

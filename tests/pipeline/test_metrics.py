@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.metrics import (
+from pipeline.evaluate.metrics import (
     accuracy,
     agreement,
     boxes_to_mask,

@@ -15,15 +15,15 @@ from artifacts import Sample, open_images, open_store, verify_store
 from artifacts.errors import ConfigError
 from artifacts.packing import write_images
 from pipeline.config import Experiment, parse
-from pipeline.data.loader import PairedRows
-from pipeline.distill import distill
-from pipeline.evaluate import score, student_answers
-from pipeline.layout import Layout, teacher_scores
-from pipeline.precompute import precompute
+from pipeline.data.batches import PairedRows
+from pipeline.distill.run import distill
+from pipeline.evaluate.scores import score, student_answers
+from pipeline.precompute.answer import precompute
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.teach import teach
-from pipeline.teacher import build_explainer, load_teacher
+from pipeline.teach.run import teach
+from pipeline.training.run import Run
+from pipeline.training.trained import build_explainer, load_teacher
+from pipeline.workspace import Layout, teacher_scores
 
 STORE = "gradcam-raw"
 COLOURS = torch.eye(3)

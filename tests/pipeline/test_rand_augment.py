@@ -12,12 +12,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandAugment
 
 from artifacts.errors import ConfigError
+from pipeline.augment.counter import RAND_AUGMENT_COLUMN, bits, key_ids
+from pipeline.augment.rand_augment import rand_augment
 from pipeline.config import Experiment
-from pipeline.distill import distill
-from pipeline.draws import RAND_AUGMENT_COLUMN, bits, key_ids
-from pipeline.layout import Layout
+from pipeline.distill.run import distill
 from pipeline.progress import Quiet
-from pipeline.rand_augment import rand_augment
+from pipeline.workspace import Layout
 
 IDS = key_ids([f"key-{number}" for number in range(12)])
 Tiny = Callable[..., Experiment]

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline.precompute
+import pipeline.precompute.answer
 from artifacts import TeacherRows, verify_images, verify_store
 from artifacts.places import LocalPlace
 from artifacts.sealed import seal, unseal
 from cli.main import app, run_guarded
 from pipeline.config import Experiment, dump
-from pipeline.layout import Layout
-from pipeline.views import CanonicalView
+from pipeline.data.view import CanonicalView
+from pipeline.workspace import Layout
 
 OBJECTS = {
     "logits": "logits/c/{}/0/0",
@@ -57,7 +57,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[int] = []
         self.packed = 0
-        ask, apply = pipeline.precompute._ask, CanonicalView.apply
+        ask, apply = pipeline.precompute.answer._ask, CanonicalView.apply
 
         def asking(explainer: object, pixels: np.ndarray, rows: range, *more: object) -> TeacherRows:
             self.asked += rows
@@ -67,7 +67,7 @@ class Spy:
             self.packed += 1
             return apply(view, raw)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(pipeline.precompute, "_ask", asking)
+        monkeypatch.setattr(pipeline.precompute.answer, "_ask", asking)
         monkeypatch.setattr(CanonicalView, "apply", applying)
 
 

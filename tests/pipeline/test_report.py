@@ -18,8 +18,7 @@ from safetensors.numpy import save_file
 
 from artifacts.errors import ConfigError
 from pipeline.config import Experiment
-from pipeline.distill import distill
-from pipeline.layout import Layout
+from pipeline.distill.run import distill
 from pipeline.progress import Quiet
 from pipeline.report import report
 from pipeline.report.about import settings_table
@@ -28,7 +27,8 @@ from pipeline.report.gallery import Answer, Examples, draw_examples, is_right, p
 from pipeline.report.markdown import markdown_table
 from pipeline.report.results import Candidate, Results
 from pipeline.report.tables import candidate_table, group_tables, score_table
-from pipeline.run import Run
+from pipeline.training.run import Run
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 SPLIT = "test-ood"

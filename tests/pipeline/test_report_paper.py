@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from artifacts.errors import ConfigError
-from pipeline.paper import METHODS, TABLES, table
+from pipeline.report.paper import METHODS, TABLES, table
 
 
 def _gain(name: str, better: str, base: str) -> tuple[float, float]:

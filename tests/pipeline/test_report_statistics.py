@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.metrics import calibration_error
+from pipeline.evaluate.metrics import calibration_error
 from pipeline.report.statistics import Samples, paired_intervals, summarise
 
 NAN = math.nan

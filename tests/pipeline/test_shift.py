@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from artifacts import ImageSet, Sample, open_images
 from artifacts.packing import write_images
 from pipeline.config import EvaluateConfig, Experiment
-from pipeline.explainers import Explained
-from pipeline.layout import SHIFT_CURVE, Layout
+from pipeline.evaluate.shift import shift_curve
+from pipeline.explain import Explained
+from pipeline.order.stages import distill_all
 from pipeline.progress import Quiet
-from pipeline.shift import shift_curve
-from pipeline.stages import distill_all
+from pipeline.workspace import SHIFT_CURVE, Layout
 
 SHIFTS = tuple(range(17))
 

@@ -15,20 +15,20 @@ from PIL import Image
 
 from artifacts import open_images, open_store, verify_store
 from artifacts.errors import ConfigError, DataError, ImageSetError, MismatchedStore, ModelError
-from pipeline import precompute as module
 from pipeline.config import Experiment, load
-from pipeline.data.loader import PairedRows
-from pipeline.distill import distill
-from pipeline.evaluate import score, teacher_answers
-from pipeline.layout import Layout
+from pipeline.data.batches import PairedRows
+from pipeline.distill.run import distill
+from pipeline.evaluate.scores import score, teacher_answers
 from pipeline.models import load_weights, save_weights
-from pipeline.precompute import open_matching_store
+from pipeline.order.stages import distill_all, prepare_stores, prepare_teacher
+from pipeline.precompute import answer as module
+from pipeline.precompute.answer import open_matching_store
 from pipeline.progress import Quiet
 from pipeline.report import report
-from pipeline.run import Run
-from pipeline.stages import distill_all, prepare_stores, prepare_teacher
-from pipeline.teacher import build_explainer, load_teacher
-from pipeline.train import kept_weights
+from pipeline.training.loop import kept_weights
+from pipeline.training.run import Run
+from pipeline.training.trained import build_explainer, load_teacher
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 STORE = "gradcam-centred"

@@ -11,13 +11,13 @@ from lightning_fabric import Fabric
 
 from artifacts.errors import ConfigError, DataError, E2kdError
 from pipeline.config import Experiment, dump
-from pipeline.distill import distill
-from pipeline.layout import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout
+from pipeline.distill.run import distill
+from pipeline.order.stages import distill_all, evaluate_all, prepare_stores
 from pipeline.progress import Quiet
 from pipeline.report import report
-from pipeline.run import CheckpointError, Run
-from pipeline.stages import distill_all, evaluate_all, prepare_stores
-from pipeline.train import Diverged
+from pipeline.training.loop import Diverged
+from pipeline.training.run import CheckpointError, Run
+from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout
 
 Tiny = Callable[..., Experiment]
 

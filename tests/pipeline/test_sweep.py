@@ -17,15 +17,15 @@ from lightning_fabric import Fabric
 
 from artifacts.errors import ConfigError
 from cli.main import app, run_guarded
-from pipeline import stages
 from pipeline.config import Experiment, dump
-from pipeline.launch import Part
-from pipeline.layout import Layout
+from pipeline.devices import Part
+from pipeline.order import stages
 from pipeline.progress import Quiet
 from pipeline.report.results import Results
 from pipeline.report.tables import candidate_table
-from pipeline.run import Run, locked
-from pipeline.sweep import Choice, Method, chosen, methods, scores
+from pipeline.training.choice import Choice, Method, chosen, methods, scores
+from pipeline.training.run import Run, locked
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 STUDENTS = {"ce": {"loss": "ce"}, "kd": {}, "e2kd": {"explanation_weight": 5}}
@@ -230,7 +230,7 @@ HOLDER = """
 import multiprocessing, sys, time
 from pathlib import Path
 from lightning_fabric import Fabric
-from pipeline.run import locked
+from pipeline.training.run import locked
 with locked(Path(sys.argv[1]), Fabric(accelerator="cpu", devices=1)) as mine:
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
     worker.start()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from artifacts.errors import ModelError
-from pipeline import explainers
+from pipeline import explain as explainers
 from pipeline.models.bcos_layers import HeldBatchNorm2d, constant_in_backward
 from pipeline.models.sync_norm import SyncedBatchNorm2d, SyncedHeldBatchNorm2d, convert
 from pipeline.models.toy import ToyResNet

@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import explainers
+from pipeline import explain as explainers
+from pipeline.augment.counter import key_ids, mixup_share
 from pipeline.config import ModelConfig
-from pipeline.data.loader import Answers, Targets
-from pipeline.draws import key_ids, mixup_share
-from pipeline.models import build
-from pipeline.models.bcos import BCosClassifier
-from pipeline.targets import (
+from pipeline.data.batches import Answers, Targets
+from pipeline.distill.targets import (
     class_share,
     drawn,
     drawn_targets,
@@ -21,6 +19,8 @@ from pipeline.targets import (
     mixed_targets,
     positive_classes,
 )
+from pipeline.models import build
+from pipeline.models.bcos import BCosClassifier
 
 CLASSES = torch.tensor([[4, 2, -1], [1, -1, -1], [0, 3, 5]])
 

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from artifacts import Sample, open_images
 from artifacts.errors import ConfigError, DataError
 from artifacts.packing import write_images
-from pipeline import teach as module
 from pipeline.config import Experiment
-from pipeline.layout import Layout
-from pipeline.pareto import ParetoFront
+from pipeline.order.stages import prepare_teacher
 from pipeline.progress import Quiet
-from pipeline.run import Run
-from pipeline.stages import prepare_teacher
-from pipeline.teach import teach
-from pipeline.teacher import load_teacher
-from pipeline.train import kept_weights
+from pipeline.teach import run as module
+from pipeline.teach.run import teach
+from pipeline.training.loop import kept_weights
+from pipeline.training.pareto import ParetoFront
+from pipeline.training.run import Run
+from pipeline.training.trained import load_teacher
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 KINDS = ["energy", "l1", "ppce", "rrr"]

@@ -20,11 +20,11 @@ from artifacts import Sample, open_images
 from artifacts.errors import ConfigError
 from artifacts.packing import write_images
 from pipeline.config import Schedule
-from pipeline.data.loader import Batch, PairedRows, TrainBatches
-from pipeline.pareto import ParetoFront, front
+from pipeline.data.batches import Batch, PairedRows, TrainBatches
 from pipeline.progress import Quiet
-from pipeline.run import CheckpointError, Run
-from pipeline.train import Validate, best_score, fit, kept_weights, learning_rate
+from pipeline.training.loop import Validate, best_score, fit, kept_weights, learning_rate
+from pipeline.training.pareto import ParetoFront, front
+from pipeline.training.run import CheckpointError, Run
 
 SIZE, ROWS = 8, 12
 Scores = dict[str, float]

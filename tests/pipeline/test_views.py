@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config import ToyBirds, ViewConfig
 from pipeline.data import RawSample, open_source
-from pipeline.views import CanonicalView
+from pipeline.data.view import CanonicalView
 
 
 def coordinate_image(width: int, height: int) -> Image.Image:

@@ -24,7 +24,7 @@ from torchvision import models as tv
 from torchvision.transforms.functional import pil_to_tensor
 
 from artifacts.errors import ModelError
-from pipeline import explainers
+from pipeline import explain as explainers
 from pipeline.config import ModelConfig, TeacherConfig
 from pipeline.models import Explainable, build, load_weights, save_weights, weights_sha256
 from pipeline.models.bcos import build_bcos

@@ -14,10 +14,10 @@ from PIL import Image
 from artifacts import open_images
 from artifacts.errors import ConfigError, ModelError
 from pipeline.config import Experiment
-from pipeline.layout import Layout
-from pipeline.pack import pack_split
+from pipeline.data.pack import pack_split
+from pipeline.order.stages import distill_all
 from pipeline.progress import Quiet
-from pipeline.stages import distill_all
+from pipeline.workspace import Layout
 
 Tiny = Callable[..., Experiment]
 SHAPES = {"source": "toyshapes", "limit": 32}

@@ -17,7 +17,7 @@ from PIL import Image
 from artifacts.errors import ConfigError, DataError
 from pipeline.config import HuggingFace
 from pipeline.data import open_source, split_names
-from pipeline.data.parquet import GroupCache, ParquetFile
+from pipeline.data.reading.parquet import GroupCache, ParquetFile
 from pipeline.data.source import RawSample
 
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from artifacts.errors import ConfigError, DataError
 from pipeline.config import Files, Folder, ImageNet
 from pipeline.data import Source, open_source, split_names
-from pipeline.data.keys import rank
-from pipeline.data.listing import Entry
 from pipeline.data.protocol import in_order
+from pipeline.data.reading.keys import rank
+from pipeline.data.reading.listing import Entry
 
 CLASSES = ("n1", "n2", "n3")
 

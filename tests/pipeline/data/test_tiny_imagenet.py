@@ -11,7 +11,7 @@ from PIL import Image
 from artifacts.errors import DataError
 from pipeline.config import TinyImageNet, ViewConfig
 from pipeline.data import Source, open_source, split_names
-from pipeline.views import CanonicalView
+from pipeline.data.view import CanonicalView
 
 WNIDS = ["n03000000", "n01000000", "n02000000"]  # the published list is not sorted
 BOX = (3, 5, 20, 41)

@@ -18,11 +18,11 @@ from PIL import Image
 from artifacts.errors import DataError
 from artifacts.places import place
 from pipeline.config import Experiment, parse
-from pipeline.data.listing import Entry, Listing
-from pipeline.data.unreadable import UnreadableImages
-from pipeline.layout import Layout
-from pipeline.pack import pack_split
+from pipeline.data.pack import pack_split
+from pipeline.data.reading.listing import Entry, Listing
+from pipeline.data.reading.unreadable import UnreadableImages
 from pipeline.progress import Advance, Progress, Quiet
+from pipeline.workspace import Layout
 
 STUDENT = {"model": "toy/resnet", "width": 4}
 

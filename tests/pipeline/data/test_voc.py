@@ -11,10 +11,10 @@ from PIL import Image
 from artifacts.errors import DataError
 from pipeline.config import Voc, parse
 from pipeline.data import open_source, split_names
-from pipeline.data.voc import CLASSES
-from pipeline.layout import Layout
-from pipeline.pack import pack_split
+from pipeline.data.pack import pack_split
+from pipeline.data.sources.voc import CLASSES
 from pipeline.progress import Quiet
+from pipeline.workspace import Layout
 
 DOG, CAR, PERSON = 11, 6, 14
 

@@ -11,9 +11,9 @@ from PIL import Image
 from artifacts.errors import ConfigError, DataError
 from pipeline.config import Waterbirds, parse
 from pipeline.data import open_source, split_names
-from pipeline.layout import Layout
-from pipeline.pack import pack_split
+from pipeline.data.pack import pack_split
 from pipeline.progress import Quiet
+from pipeline.workspace import Layout
 
 HEADER = "img_id,img_filename,y,split,place,place_filename"
 GROUPS = [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -1,0 +1,1 @@
+"""Paired augmentation: one geometry for an image and its map."""

@@ -1,0 +1,89 @@
+"""Source images -> WebDataset shards of the canonical view, one packed set per split."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+from artifacts import ImageSet, open_images
+from artifacts.errors import ConfigError
+from artifacts.packing import write_images
+from artifacts.places import Place, place
+from pipeline.config import DataConfig, Experiment, Files
+from pipeline.data import Source, open_source, split_names
+from pipeline.data.protocol import cut_together
+from pipeline.data.reading.unreadable import UnreadableImages
+from pipeline.data.unlabelled import Unlabelled
+from pipeline.data.view import CanonicalView
+from pipeline.progress import Progress, Quiet
+from pipeline.workspace import Layout
+
+
+def pack(experiment: Experiment, layout: Layout, progress: Progress) -> None:
+    """Pack every split that the experiment reads and that is not packed yet; a finished one is checked and kept."""
+    for split in experiment.packed_splits:
+        pack_split(experiment, layout, split, progress)
+
+
+def pack_split(
+    experiment: Experiment, layout: Layout, split: str, progress: Progress, again: Collection[str] = ()
+) -> ImageSet:
+    """Pack one split, or continue where an interrupted run stopped; `again` names tars to pack once more."""
+    where = layout.images(split)
+    view = CanonicalView.of(experiment.view)
+    if where.exists("index.json") and not again:
+        progress = Quiet()  # nothing to do but to check that it is the same
+    source = split_source(experiment, layout, split, progress)
+    with progress.bar(f"pack {split}", len(source), "image") as advance:
+        write_images(
+            where,
+            count=len(source),
+            get=lambda row: view.apply(source.raw(row)),
+            view=view.describe(),
+            classes=source.classes,
+            source=source.describe(),
+            rows_per_shard=experiment.store.rows_per_shard,
+            again=again,
+            progress=advance,
+        )
+    return open_images(where)
+
+
+def split_source(experiment: Experiment, layout: Layout, split: str, progress: Progress) -> Source:
+    """A split of `data`, or, unlabelled, NAME/SPLIT: a split of also.NAME. Raises ConfigError for an unknown one."""
+    name, slash, inner = split.rpartition("/")
+    if not slash:
+        return _opened(experiment, layout, experiment.data, split, "", progress)
+    return Unlabelled(_opened(experiment, layout, _other(experiment, split, name), inner, name, progress))
+
+
+def _opened(
+    experiment: Experiment, layout: Layout, data: DataConfig, split: str, folder: str, progress: Progress
+) -> Source:
+    """`folder`: where below images/ the data set's splits lie, and beside them what could not be read."""
+    side = experiment.view.resize or experiment.view.size
+    if not isinstance(data, Files) or data.on_bad_image == "stop":
+        return open_source(data, split, side)
+    beside = place(layout.shared or layout.root) / f"images/{folder}"
+    unreadable = UnreadableImages(beside, side, progress, split, _begun(data, split, beside))
+    return open_source(data, split, side, unreadable)
+
+
+def _begun(data: Files, split: str, beside: Place) -> list[str]:
+    """Of the splits that are cut from the same published one, those that are packed, or were begun."""
+    return [
+        name
+        for name in cut_together(data, split)
+        if any((beside / name).exists(file) for file in ("packing.json", "index.json"))
+    ]
+
+
+def _other(experiment: Experiment, split: str, name: str) -> DataConfig:
+    if name not in experiment.also:
+        near = difflib.get_close_matches(name, experiment.also, n=1)
+        known = f"it has {', '.join(experiment.also)}" if experiment.also else "it is empty"
+        hint = f"did you mean {near[0]!r}?" if near else known
+        raise ConfigError(f"split {split!r}: the section also has no {name!r}; {hint}")
+    if name in split_names(experiment.data):
+        raise ConfigError(f"also.{name} has the name of a split of data; give it another name")
+    return experiment.also[name]

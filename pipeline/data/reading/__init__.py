@@ -1,0 +1,1 @@
+"""What the sources read with: files, photographs, annotations, names."""

@@ -1,0 +1,66 @@
+"""What the readers of data sets share: text files, tables and image files, with errors that name them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from artifacts.errors import DataError
+from pipeline.data.reading.photo import SUFFIXES
+
+
+def text_of(file: Path, mend: str) -> str:
+    """Raises DataError, which ends with `mend`, where the file is not there or not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file} ({getattr(error, 'strerror', None) or error}); {mend}") from None
+
+
+def each_once(names: Iterable[str], file: Path) -> list[str]:
+    """The names that a file lists. Raises DataError where one is there twice."""
+    found = list(names)
+    twice = next((name for name, times in Counter(found).items() if times > 1), None)
+    if twice is not None:
+        raise DataError(f"{file} names {twice} twice; remove one line")
+    return found
+
+
+def size_of(file: Path, named_by: Path) -> int:
+    """Bytes of a file that a list names. Raises DataError where it does not exist."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        raise DataError(f"{named_by} names {file}, which does not exist; unpack the data set again") from None
+
+
+def folders_in(folder: Path, mend: str) -> list[str]:
+    """Names of the folders in a folder, sorted. Raises DataError where there are none."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"cannot list {folder} ({error.strerror}); {mend}") from None
+    if not names:
+        raise DataError(f"{folder} has no class folders; {mend}")
+    return names
+
+
+def images_in(folder: Path, on_bad_image: str) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of the image files in one folder. One stat each."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] != "." and os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                yield entry.name, image_size(entry, on_bad_image)
+
+
+def image_size(image: os.DirEntry[str] | Path, on_bad_image: str) -> int:
+    """Bytes. A link to nowhere is a DataError, or 0 where what cannot be read is left out (`skip`)."""
+    try:
+        return image.stat().st_size
+    except OSError as error:
+        if on_bad_image == "skip":
+            return 0
+        name = os.fspath(image)
+        raise DataError(f"cannot read the image {name} ({error.strerror}); remove or replace it") from None

@@ -1,0 +1,1 @@
+"""Stage 2: a student learns from the teacher's answers (paper Eq. 1-3)."""

@@ -1,0 +1,1 @@
+"""Training one network: the loop, the run's folder, and networks back from it."""
