@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from artifacts import ImageSet, TeacherStore
 from artifacts.errors import DataError
 from pipeline.augment.counter import epoch_order
+from pipeline.data.masks import boxes_to_mask
 from pipeline.data.source import Label
-from pipeline.evaluate.metrics import boxes_to_mask
 
 
 class Answers(NamedTuple):

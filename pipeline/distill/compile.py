@@ -20,6 +20,7 @@ from pipeline.config import StudentConfig
 from pipeline.data.batches import Targets
 from pipeline.distill import losses
 from pipeline.distill.prior import Beside
+from pipeline.training.labels import label_loss
 
 Say = Callable[[str], None]
 LossesOf = Callable[[nn.Module, Tensor, Tensor, Targets | None, bool], dict[str, Tensor]]
@@ -68,7 +69,7 @@ class StepLosses:
         settings = self.settings
         of_labels = {}
         if settings.label_loss is not None:
-            of_labels = {"label_loss": losses.label_loss(settings.label_loss, logits, labels)}
+            of_labels = {"label_loss": label_loss(settings.label_loss, logits, labels)}
         if settings.loss in ("ce", "bce"):
             return {"logit_loss": of_labels["label_loss"]}
         assert teacher is not None

@@ -22,18 +22,19 @@ from pipeline.config import Experiment, ExplainConfig, StudentConfig
 from pipeline.data.batches import Batch, PairedRows, Targets, TrainBatches
 from pipeline.data.rows import select_rows
 from pipeline.devices import share_of_valid
-from pipeline.distill import losses
 from pipeline.distill.compile import CompiledLosses, LossesOf, StepLosses
 from pipeline.distill.prior import Beside, WithPrior
 from pipeline.distill.prior import build as build_prior
 from pipeline.distill.prior.losses import Seen
-from pipeline.distill.targets import class_share, drawn, drawn_targets, mixed, mixed_targets, positive_classes
+from pipeline.distill.targets import drawn_targets, mixed, mixed_targets
 from pipeline.evaluate.students import evaluate_student, score_student, scored_rows
 from pipeline.explain import BCos, GradCAM
+from pipeline.explain.classes import class_share, drawn, positive_classes
 from pipeline.models import Explainable, build
 from pipeline.models.sync_norm import convert
 from pipeline.precompute.answer import open_matching_store
 from pipeline.progress import Progress
+from pipeline.training.labels import label_targets
 from pipeline.training.loop import Diverged, fit
 from pipeline.training.run import Run, run_settings, student_defaults
 from pipeline.training.trained import build_explainer, class_count, load_teacher
@@ -92,7 +93,7 @@ class StudentStep:
         """mixup: an online teacher sees the mixed images; frozen targets are mixed as the images are."""
         share = mixup_share(self.settings.mixup, self.augment.seed, epoch, step)
         if self.settings.label_loss is not None:
-            labels = mixed(losses.label_targets(self.settings.label_loss, labels, self.classes), share)
+            labels = mixed(label_targets(self.settings.label_loss, labels, self.classes), share)
         return mixed(images, share), labels, targets and mixed_targets(targets, share)
 
     def _ask(

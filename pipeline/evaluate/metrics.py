@@ -108,19 +108,6 @@ def shift_similarity(explain_fn: Callable[[Tensor], Tensor], images: Tensor, shi
     return torch.stack(rows)
 
 
-def boxes_to_mask(boxes: Tensor, size: int, cls: int | None = None) -> Tensor:
-    """Union of the boxes, of class `cls` only if given: boxes [N,5] (class,x0,y0,x1,y1 in px) -> bool [size,size].
-
-    A pixel is inside where its centre is.
-    """
-    if cls is not None:
-        boxes = boxes[boxes[:, 0] == cls]
-    centres = torch.arange(size, device=boxes.device) + 0.5
-    x = (boxes[:, 1:2] <= centres) & (centres < boxes[:, 3:4])
-    y = (boxes[:, 2:3] <= centres) & (centres < boxes[:, 4:5])
-    return (y[:, :, None] & x[:, None, :]).any(0)
-
-
 def _masks_like(maps: Tensor, masks: Tensor) -> Tensor:
     """Masks as float32 [B,1,h,w]; ValueError unless they have the maps' size."""
     masks = masks[:, None] if masks.dim() == 3 else masks

@@ -14,6 +14,7 @@ from artifacts.durable import write_atomic
 from artifacts.errors import DataError
 from pipeline.augment.warp import resample
 from pipeline.data.batches import Answers, Batch, PairedRows
+from pipeline.data.masks import boxes_to_mask
 from pipeline.devices import reduced
 from pipeline.evaluate import metrics
 from pipeline.explain import heat
@@ -194,7 +195,7 @@ def _masks_of(batch: Batch, rows: Tensor, classes: Tensor, size: int) -> Tensor:
     """The union of the boxes of one class of each of some rows: f32 [b,1,size,size] of 0 and 1."""
     boxes = batch.boxes or (classes.new_zeros(0, 5).float(),) * len(batch.labels)
     pairs = zip(rows.tolist(), classes.tolist(), strict=True)
-    return torch.stack([metrics.boxes_to_mask(boxes[row], size, cls) for row, cls in pairs])[:, None].float()
+    return torch.stack([boxes_to_mask(boxes[row], size, cls) for row, cls in pairs])[:, None].float()
 
 
 def _gathered(fabric: Fabric, mine: Tensor, rows: int) -> Tensor:

@@ -22,9 +22,9 @@ from artifacts.writer import ShardStream, StoreWriter
 from pipeline.config import Experiment, ExplainConfig
 from pipeline.data.batches import PairedRows
 from pipeline.devices import Part
-from pipeline.distill.targets import positive_classes
 from pipeline.evaluate.scores import Answer, score, teacher_answers, teacher_answers_beyond
 from pipeline.evaluate.shift import shift_curve
+from pipeline.explain.classes import positive_classes
 from pipeline.models import Explainable, weights_sha256
 from pipeline.precompute.codec_cost import codec_cost
 from pipeline.precompute.codec_cost import tell as tell_cost

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.augment.counter import GUIDED_CLASS_COLUMN, Ids, uniform
-from pipeline.evaluate.metrics import boxes_to_mask
+from pipeline.data.masks import boxes_to_mask
 
 Kind = Literal["energy", "l1", "ppce", "rrr"]
 

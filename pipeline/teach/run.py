@@ -17,13 +17,13 @@ from pipeline.augment.paired import PairedAugment
 from pipeline.config import Experiment, TeachConfig
 from pipeline.data.batches import Batch, PairedRows, TrainBatches
 from pipeline.devices import share_of_valid
-from pipeline.distill.losses import label_loss
 from pipeline.evaluate.scores import score, student_answers
 from pipeline.explain import heat
 from pipeline.models import build, start_from
 from pipeline.models.sync_norm import convert
 from pipeline.progress import Progress
 from pipeline.teach.guidance import class_masks, guidance_loss, guided_classes
+from pipeline.training.labels import label_loss
 from pipeline.training.loop import fit
 from pipeline.training.pareto import ParetoFront
 from pipeline.training.run import Run, teacher_defaults

@@ -19,11 +19,11 @@ from artifacts import open_images, open_store, verify_store
 from artifacts.errors import ConfigError, ModelError
 from pipeline import explain as explainers
 from pipeline.config import Experiment, ModelConfig, StudentConfig
-from pipeline.distill.losses import label_loss
 from pipeline.models import build
 from pipeline.order.stages import distill_all, prepare_stores
 from pipeline.progress import Quiet
 from pipeline.report import report
+from pipeline.training.labels import label_loss
 from pipeline.training.loop import _clip
 from pipeline.training.run import Run
 from pipeline.training.trained import build_explainer, load_teacher

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.data.masks import boxes_to_mask
 from pipeline.evaluate.metrics import (
     accuracy,
     agreement,
-    boxes_to_mask,
     calibration_error,
     dead,
     epg,

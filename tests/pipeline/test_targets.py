@@ -11,14 +11,8 @@ from pipeline import explain as explainers
 from pipeline.augment.counter import key_ids, mixup_share
 from pipeline.config import ModelConfig
 from pipeline.data.batches import Answers, Targets
-from pipeline.distill.targets import (
-    class_share,
-    drawn,
-    drawn_targets,
-    mixed,
-    mixed_targets,
-    positive_classes,
-)
+from pipeline.distill.targets import drawn_targets, mixed, mixed_targets
+from pipeline.explain.classes import class_share, drawn, positive_classes
 from pipeline.models import build
 from pipeline.models.bcos import BCosClassifier
 
