@@ -109,15 +109,14 @@ class Manifest(ManifestDraft):
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """`field: store X, config Y` for every field of the draft that differs."""
-    names = ManifestDraft.model_fields
-    a, b = (
-        _flat({name: value for name, value in m.model_dump().items() if name in names}) for m in (old, new)
-    )
-    return [
-        f"{key}: store {a.get(key)!r}, config {b.get(key)!r}"
-        for key in {**a, **b}
-        if a.get(key) != b.get(key)
-    ]
+    a, b = (m.model_dump(include=set(ManifestDraft.model_fields)) for m in (old, new))
+    return [f"{key}: store {x!r}, config {y!r}" for key, (x, y) in differing_values(a, b).items()]
+
+
+def differing_values(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value) of nested mappings, if they differ; None for a key that is not there."""
+    a, b = _flat(old), _flat(new)
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -19,18 +19,20 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 from pipeline import explain as explainers
 from pipeline.config import ModelConfig, StudentConfig
 from pipeline.data.batches import Targets
 from pipeline.devices import start
-from pipeline.distill.compile import CompiledLosses, StepLosses
+from pipeline.distill.compile import CompiledLosses
+from pipeline.distill.losses import LossTerms, Terms
+from pipeline.distill.step import loss_terms
 from pipeline.models import build
 
 CLASSES, EVERY = 10, 16
@@ -157,11 +159,13 @@ def _steps(case: Case, options: argparse.Namespace, fabric: Fabric) -> dict[str,
     maps = torch.rand(case.batch, explainer.channels, height, width, device=device)
     teacher, labels = Targets(logits, logits.argmax(1), maps), logits.argmax(1)
     settings = StudentConfig(model=case.model, temperature=5, explanation_weight=5)
-    eager = StepLosses(settings)
+    eager = partial(loss_terms, settings)
 
-    def step(losses: Callable[..., dict[str, Tensor]], explain: bool) -> None:
-        found = losses(wrapped, images, labels, teacher, explain)
-        loss = found["logit_loss"] + settings.explanation_weight * found.get("explanation_loss", 0.0)
+    def step(losses: LossTerms, explain: bool) -> None:
+        terms: Terms = losses(wrapped, images, labels, teacher, explain)
+        loss = terms.logits
+        if terms.explained is not None:
+            loss = loss + settings.explanation_weight * terms.explained.loss
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(loss)
         optimizer.step()

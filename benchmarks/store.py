@@ -39,8 +39,7 @@ from pipeline.data.pack import pack_split
 from pipeline.models import build
 from pipeline.precompute.answer import answer_shards
 from pipeline.precompute.codec_cost import codec_cost
-from pipeline.progress import Quiet
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 SIZE, PER_SHARD, BATCH, ROUNDS = 224, 256, 16, 5
 
@@ -155,12 +154,10 @@ def writing(options: argparse.Namespace, images: ImageSet) -> Iterator[Row]:
                 old.unlink()
             writer = StoreWriter(path, draft(teacher, images, codec))
             writer.create()
-            answer_shards(
-                teacher, images, shards, ShardStream(writer), BATCH, torch.device("cpu"), lambda _: None
-            )
+            answer_shards(teacher, images, shards, ShardStream(writer), BATCH, lambda _: None)
 
         def alone(teacher: nn.Module = teacher, shards: range = shards) -> None:
-            answer_shards(teacher, images, shards, _Nowhere(), BATCH, torch.device("cpu"), lambda _: None)
+            answer_shards(teacher, images, shards, _Nowhere(), BATCH, lambda _: None)
 
         times = in_turns({"alone": alone, "stored": stored}, rounds=2)
         rate = len(shards) * PER_SHARD / times["stored"]
@@ -272,7 +269,7 @@ def fill(path: Path, teacher: nn.Module, images: ImageSet, maps: str, logits: st
     writer = StoreWriter(path, draft(teacher, images, maps, logits))
     writer.create()
     shards = range(len(images.shards))
-    answer_shards(teacher, images, shards, ShardStream(writer), BATCH, torch.device("cpu"), lambda _: None)
+    answer_shards(teacher, images, shards, ShardStream(writer), BATCH, lambda _: None)
     writer.finish()
 
 
@@ -365,7 +362,7 @@ def _pack(options: argparse.Namespace) -> ImageSet:
     )
     layout = Layout(options.folder)
     split = "train"
-    images = pack_split(config, layout, split, Quiet())
+    images = pack_split(Workspace(config, layout), split)
     Path(options.folder, "images", "all").symlink_to(Path(options.folder, "images", split))
     return images
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from artifacts import (
     ConfigError,
+    DataError,
     E2kdError,
     ImageSet,
     MismatchedStore,
@@ -22,13 +23,15 @@ from artifacts import (
     verify_store,
 )
 from artifacts.images import load_images
-from artifacts.places import LocalPlace, Place, place
+from artifacts.places import Place, place
 from artifacts.store import load_store
 from cli.console import progress
+from pipeline.workspace import CODEC_COST, FREEZING_GAP, images_beside, read_measured, stores_around
 
 if TYPE_CHECKING:
-    from pipeline.config import Experiment
-    from pipeline.workspace import Layout
+    from pipeline.workspace import Workspace
+
+WorkspaceOf = Callable[[Place], "Workspace"]
 
 
 def describe(url: str) -> None:
@@ -72,10 +75,12 @@ def check(
     images_url: str | None,
     against_teacher: str | None,
     repair: bool,
-    config: Path | None,
-    overrides: Sequence[str],
+    workspace_of: WorkspaceOf,
 ) -> int:
-    """Verify, print every problem, mend and ask the teacher where wanted; 0 when all is well in the end, else 3."""
+    """Verify, print every problem, mend and ask the teacher if wanted; 0 if all is well in the end, else 3.
+
+    `workspace_of` gives the experiment that a place belongs to; it is asked only to mend and to ask.
+    """
     where = place(url)
     is_images = _is_images(where)
     if not is_images and not where.exists("draft.json") and not where.exists("manifest.json"):
@@ -85,13 +90,14 @@ def check(
     if is_images and against_teacher is not None:
         raise ConfigError(f"{where} is an image set; --against-teacher is for teacher stores")
     report = _verified(where, is_images, quick, images_url)
-    for _ in range(2 if repair else 0):  # once more where a damaged manifest hid what it names
+    # once more if a damaged manifest hid what it names
+    for _ in range(2 if repair else 0):
         if not report.ok:
-            _repair(where, report, *_experiment(where, config, overrides))
+            _repair(where, report, workspace_of(where))
             report = _verified(where, is_images, quick, images_url)
     if against_teacher is None or is_images or not report.ok:
         return 0 if report.ok else 3
-    return _ask_again(where, against_teacher, *_experiment(where, config, overrides))
+    return _ask_again(where, against_teacher, workspace_of(where))
 
 
 def export(url: str, destination: str, images_url: str | None) -> None:
@@ -114,7 +120,7 @@ def import_(source: str, images_url: str, store_url: str) -> None:
 
 def _verified(where: Place, is_images: bool, quick: bool, images_url: str | None) -> VerifyReport:
     where = place(str(where))  # afresh: what was open before a repair is not what is there now
-    beside = None if is_images else images_url or _images_beside(where)
+    beside = None if is_images else images_url or images_beside(where)
     with progress().bar(
         f"verify {str(where).rsplit('/', 1)[-1]}", _shards(where, is_images), "shard"
     ) as advance:
@@ -138,91 +144,28 @@ def _count(report: VerifyReport) -> str:
     return "ok" if report.ok else f"{count} problem{'s' if count > 1 else ''}"
 
 
-def _repair(where: Place, report: VerifyReport, experiment: Experiment, layout: Layout) -> None:
-    from pipeline.devices import start
-    from pipeline.precompute.repair import experiment_store, repair_images, repair_store
+def _repair(where: Place, report: VerifyReport, workspace: Workspace) -> None:
+    from pipeline.precompute.repair import repair_images, repair_store
 
-    split, is_images = experiment_store(experiment, layout, where)
-    if is_images:
-        repair_images(experiment, layout, split, report.problems, progress())
-    else:
-        repair_store(experiment, layout, split, report.problems, start(), progress())
+    split, is_images = workspace.split_at(where)
+    (repair_images if is_images else repair_store)(workspace, split, report.problems)
 
 
-def _ask_again(where: Place, share: str, experiment: Experiment, layout: Layout) -> int:
-    from pipeline.devices import start
-    from pipeline.precompute.answer import open_matching_store
-    from pipeline.precompute.audit import audit, random_rows
-    from pipeline.precompute.repair import experiment_store
-    from pipeline.training.trained import build_explainer, load_teacher
+def _ask_again(where: Place, share: str, workspace: Workspace) -> int:
+    from pipeline.precompute.audit import audit_store
 
-    split, _ = experiment_store(experiment, layout, where)
-    images, fabric = open_images(layout.images(split)), start()
-    store = open_matching_store(experiment, layout, split, images)
-    try:
-        rows = random_rows(len(store), share)
-    except ValueError:
-        raise ConfigError(
-            f"--against-teacher {share}: give a share like 1% or a number of rows like 200"
-        ) from None
-    explainer = build_explainer(experiment.explain, load_teacher(experiment, layout, images)).to(
-        fabric.device
-    )
-    with progress().bar("ask the teacher", len(rows), "image") as advance:
-        found = audit(
-            explainer,
-            images,
-            store,
-            rows,
-            batch_size=experiment.store.batch_size,
-            device=fabric.device,
-            advance=advance,
-        )
+    split, _ = workspace.split_at(where)
+    found = audit_store(workspace, split, share)
     print(found)
     return 3 if found.deviating else 0
-
-
-def _experiment(where: Place, config: Path | None, overrides: Sequence[str]) -> tuple[Experiment, Layout]:
-    """The experiment that the place belongs to: `config`, or out/X/config.yaml of out/X/stores/NAME/SPLIT."""
-    from pipeline.config import load
-    from pipeline.workspace import Layout
-
-    if config is None:
-        root = _root(where)
-        if root is None or not (root / "config.yaml").exists():
-            raise ConfigError(
-                f"the teacher of {where} is not known: its experiment's config.yaml is not there; give --config CONFIG"
-            )
-        config = root / "config.yaml"
-    experiment = load(config, overrides)
-    root = config.parent if config.name == "config.yaml" else Path("out") / config.stem
-    return experiment, Layout(root, experiment.artifacts)
-
-
-def _root(where: Place) -> Path | None:
-    """out/X of out/X/stores/NAME/SPLIT and out/X/images/SPLIT."""
-    if not isinstance(where, LocalPlace):
-        return None
-    above = [parent for parent in where.path.parents if parent.name in ("stores", "images")]
-    return above[0].parent if above else None
 
 
 def _is_images(where: Place) -> bool:
     return where.exists("packing.json") or where.exists("index.json")
 
 
-def _images_beside(where: Place) -> Place | None:
-    """The image set of a store: X/stores/NAME/SPLIT -> X/images/SPLIT. SPLIT may be NAME/train (`also`)."""
-    before, stores, after = str(where).rstrip("/").rpartition("/stores/")
-    split = after.partition("/")[2]
-    if not stores or not split:
-        return None
-    images = place(f"{before}/images/{split}")
-    return images if images.exists("index.json") else None
-
-
 def _images_of(where: Place, images_url: str | None) -> ImageSet:
-    found = images_url or _images_beside(where)
+    found = images_url or images_beside(where)
     if not found:
         raise StoreError(f"no image set beside {where}; say where it is with --images")
     return open_images(found)
@@ -291,16 +234,14 @@ def _about_store(store: TeacherStore) -> list[tuple[str, str]]:
 
 def _measured(store: TeacherStore) -> list[tuple[str, str]]:
     """What precompute measured, which lies beside the stores of the splits."""
-    beside = place(str(store.place).rstrip("/").rsplit("/", 1)[0])
     lines = []
-    for name, label in (("codec-cost.json", "codec cost"), ("freezing-gap.json", "freezing gap")):
-        if beside.exists(name):
-            try:
-                lines.append((label, json.dumps(json.loads(beside.read(name)))))
-            except ValueError:
-                lines.append(
-                    (label, f"{beside}/{name} is damaged; delete it and run: e2kd precompute CONFIG")
-                )
+    for name, label in ((CODEC_COST, "codec cost"), (FREEZING_GAP, "freezing gap")):
+        try:
+            content = read_measured(stores_around(store.place), name)
+        except DataError as error:
+            lines.append((label, str(error)))
+        else:
+            lines += [(label, json.dumps(content))] if content else []
     return lines
 
 

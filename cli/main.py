@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
+    from artifacts.places import Place
     from pipeline.config import Experiment
     from pipeline.progress import Progress
-    from pipeline.workspace import Layout
+    from pipeline.workspace import Workspace
 
 T = TypeVar("T")
 
@@ -51,21 +49,22 @@ ImagesOpt = Annotated[str | None, typer.Option(metavar="URL", help="default: the
 @app.command(epilog="Example: e2kd pack configs/photos.yaml --set data.root=~/photos")
 def pack(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
     """Write the source images as WebDataset shards of the canonical view."""
-    job = _open(config, set_, out, dry_run)
+    workspace = _open(config, set_, out, dry_run)
     from pipeline.data.pack import pack as stage
 
-    stage(job.experiment, job.layout, job.progress)
-    job.progress.say(f"packed: {', '.join(str(job.layout.images(s)) for s in job.experiment.packed_splits)}")
+    stage(workspace)
+    places = (str(workspace.layout.images(split)) for split in workspace.experiment.packed_splits)
+    workspace.progress.say(f"packed: {', '.join(places)}")
 
 
 @app.command(epilog="Example: e2kd teach configs/toybirds.yaml")
 def teach(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
     """Train the config's teacher, guided to look at the object where the config says so."""
-    job = _open(config, set_, out, dry_run)
-    from pipeline.order.stages import prepare_teacher
+    workspace = _open(config, set_, out, dry_run)
+    from pipeline.order.prepare import prepare_teacher
 
-    prepare_teacher(job.experiment, job.layout, job.fabric(), job.progress)
-    job.progress.say(f"taught: {job.layout.teacher}")
+    prepare_teacher(workspace)
+    workspace.progress.say(f"taught: {workspace.layout.teacher}")
 
 
 @app.command(epilog="Example: torchrun --nproc-per-node 4 -m cli precompute configs/photos.yaml")
@@ -84,13 +83,12 @@ def precompute(
     Processes that are started apart, each with its --rank and --world or as a SLURM array, compute whole shards each,
     after `e2kd pack` and `e2kd teach`.
     """
-    job = _open(config, set_, out, dry_run)
-    from pipeline.devices import Part
-    from pipeline.order.stages import prepare_stores
+    workspace = _open(config, set_, out, dry_run)
+    from pipeline.order.prepare import prepare_stores
+    from pipeline.sharing import Part
 
-    part = Part.of(rank, world)
-    if prepare_stores(job.experiment, job.layout, job.fabric(), job.progress, part):
-        job.progress.say(f"stored: {job.layout.stores(job.experiment.store_name)}")
+    if prepare_stores(workspace, Part.of(rank, world)):
+        workspace.progress.say(f"stored: {workspace.beside_stores}")
 
 
 @app.command(epilog="Example: e2kd distill configs/toybirds.yaml --student e2kd --seed 0")
@@ -113,33 +111,30 @@ def distill(
     A sweep's candidates are trained with the first seed, the best of each with all. Safe to start several times at
     once: a run is one process's (or one torchrun's) at a time.
     """
-    job = _open(config, set_, out, dry_run)
-    from pipeline.devices import Part
-    from pipeline.order.stages import distill_all, distill_at_once
+    workspace = _open(config, set_, out, dry_run)
+    from pipeline.order.runs import as_processes, distill_all
+    from pipeline.sharing import Part
 
-    students = _pick_students(job.experiment, student)
-    seeds = _pick("seed", seed, list(job.experiment.seeds))
-    part, fabric = Part.of(rank, world), job.fabric()
+    students = _pick_students(workspace.experiment, student)
+    seeds = _pick("seed", seed, list(workspace.experiment.seeds))
+    runner = None
     if jobs > 1:
-        arguments = ["distill", str(config), "--out", str(job.layout.root)]
+        arguments = ["distill", str(config), "--out", str(workspace.layout.root)]
         arguments += [word for override in set_ or () for word in ("--set", override)]
-        distill_at_once(
-            job.experiment, job.layout, fabric, job.progress, students, seeds, jobs, arguments, part
-        )
-    else:
-        distill_all(job.experiment, job.layout, fabric, job.progress, students, seeds, part)
-    if fabric.is_global_zero and report_ and _any_to_report(job):
-        _report(job)
+        runner = as_processes(arguments, jobs)
+    distill_all(workspace, students, seeds, Part.of(rank, world), runner)
+    if workspace.fabric.is_global_zero and report_ and _any_to_report(workspace):
+        _report(workspace)
 
 
 @app.command(epilog="Example: e2kd evaluate configs/toybirds.yaml")
 def evaluate(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
     """Score every finished student again on the config's splits (after changing `evaluate`)."""
-    job = _open(config, set_, out, dry_run)
-    from pipeline.order.stages import evaluate_all
+    workspace = _open(config, set_, out, dry_run)
+    from pipeline.order.runs import evaluate_all
 
-    evaluate_all(job.experiment, job.layout, job.fabric(), job.progress)
-    _report(job)
+    evaluate_all(workspace)
+    _report(workspace)
 
 
 @app.command(epilog="Example: e2kd report configs/toybirds.yaml")
@@ -196,17 +191,23 @@ def verify(
     """
     from cli.inspection import check
 
-    raise typer.Exit(
-        check(
-            store,
-            quick=quick,
-            images_url=images,
-            against_teacher=against_teacher,
-            repair=repair,
-            config=config,
-            overrides=set_ or (),
-        )
+    def workspace_of(where: Place) -> Workspace:
+        from pipeline.workspace import Workspace
+
+        if config is None:
+            return Workspace.around(where, set_ or (), _progress())
+        out = config.parent if config.name == "config.yaml" else None
+        return Workspace.open(config, set_ or (), out, _progress())
+
+    code = check(
+        store,
+        quick=quick,
+        images_url=images,
+        against_teacher=against_teacher,
+        repair=repair,
+        workspace_of=workspace_of,
     )
+    raise typer.Exit(code)
 
 
 @app.command(epilog="Example: e2kd export out/toybirds/stores/gradcam-centred/train toybirds-train")
@@ -243,38 +244,25 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
-class _Job:
+def _open(config: Path, overrides: Sequence[str] | None, out: Path | None, dry_run: bool) -> Workspace:
     """What every stage command starts from."""
+    from pipeline.config import dump
+    from pipeline.workspace import Workspace
 
-    def __init__(self, experiment: Experiment, layout: Layout) -> None:
-        self.experiment, self.layout = experiment, layout
-        self.progress: Progress = _progress()
-
-    def fabric(self) -> Fabric:
-        from pipeline.devices import start
-
-        return start()
-
-
-def _open(config: Path, overrides: Sequence[str] | None, out: Path | None, dry_run: bool) -> _Job:
-    from pipeline.config import dump, load
-    from pipeline.workspace import Layout
-
-    experiment = load(config, overrides or ())
+    workspace = Workspace.open(config, overrides or (), out, _progress())
     if dry_run:
-        print(dump(experiment), end="")
+        print(dump(workspace.experiment), end="")
         raise typer.Exit(0)
-    return _Job(experiment, Layout(out or Path("out") / config.stem, experiment.artifacts))
+    return workspace
 
 
 def _progress() -> Progress:
+    """Of the first of the processes that were launched together; the others are quiet."""
     from cli.console import progress
     from pipeline.progress import Quiet
+    from pipeline.sharing import Launch
 
-    joined = "RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID"
-    if joined == "SLURM_PROCID" and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        return progress()  # srun's tasks work by themselves
-    return progress() if os.environ.get(joined, "0") == "0" else Quiet()
+    return progress() if Launch.here().rank == 0 else Quiet()
 
 
 def _pick(what: str, wanted: Sequence[T] | None, known: Sequence[T]) -> list[T]:
@@ -287,26 +275,27 @@ def _pick(what: str, wanted: Sequence[T] | None, known: Sequence[T]) -> list[T]:
 
 
 def _pick_students(experiment: Experiment, wanted: Sequence[str] | None) -> list[str]:
-    """By name; a swept student's name stands for all its candidates."""
-    from pipeline.training.choice import methods
+    """Candidates by name; a swept student's name stands for all its candidates."""
+    candidates = experiment.candidates
+    of_method = {
+        name: [one.name for one in candidates.values() if one.method == name] for name in experiment.students
+    }
+    known = {name: [name] for name in candidates} | of_method
+    picked = _pick("student", wanted, list(of_method | known))
+    return list(dict.fromkeys(student for name in picked for student in known[name]))
 
-    swept = {method.name: method.candidates for method in methods(experiment)}
-    known = dict.fromkeys([*swept, *experiment.students])
-    picked = _pick("student", wanted, list(known))
-    return list(dict.fromkeys(student for name in picked for student in swept.get(name, (name,))))
 
-
-def _any_to_report(job: _Job) -> bool:
+def _any_to_report(workspace: Workspace) -> bool:
     """Other processes may be at all of the runs, or a sweep not be decided."""
     from pipeline.report.results import methods
 
-    return any(method.results() for method in methods(job.experiment, job.layout))
+    return any(method.results() for method in methods(workspace))
 
 
-def _report(job: _Job) -> None:
+def _report(workspace: Workspace) -> None:
     from pipeline.report import report as stage
 
-    job.progress.say(stage(job.experiment, job.layout))
+    workspace.progress.say(stage(workspace))
 
 
 def main() -> None:

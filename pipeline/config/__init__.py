@@ -28,8 +28,10 @@ from pipeline.config.data import (
     WebShards,
 )
 from pipeline.config.experiment import EvaluateConfig, Experiment, ExplainConfig, StoreConfig, ViewConfig
+from pipeline.config.grid import Candidate
 from pipeline.config.load import dump, load, parse
 from pipeline.config.training import (
+    DEFAULT_SCORES,
     AugmentConfig,
     GuideConfig,
     ModelConfig,
@@ -41,7 +43,9 @@ from pipeline.config.training import (
 )
 
 __all__ = [
+    "DEFAULT_SCORES",
     "AugmentConfig",
+    "Candidate",
     "Cifar",
     "DataConfig",
     "EvaluateConfig",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.base import Natural, Positive, Seed, Settings
 from pipeline.config.data import DataConfig
+from pipeline.config.grid import Candidate, candidates
 from pipeline.config.training import AugmentConfig, Score, StudentConfig, TeacherConfig
 
 
@@ -94,8 +96,6 @@ def explained_by(model: str) -> str:
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-StudentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(,[A-Za-z0-9_.]+=[^/,=]+)*$", max_length=200)]
-"""A sweep's runs are named `e2kd,temperature=5,explanation_weight=1`."""
 
 
 class Experiment(Settings):
@@ -114,7 +114,7 @@ class Experiment(Settings):
     explain: ExplainConfig = ExplainConfig()
     store: StoreConfig = StoreConfig()
     augment: AugmentConfig = AugmentConfig()
-    students: dict[StudentName, StudentConfig] = Field(min_length=1)
+    students: dict[Name, StudentConfig] = Field(min_length=1)
     sweep: dict[Name, dict[str, tuple[Any, ...]]] = Field(
         {},
         description="student: {key: values}: every combination is trained; the best on evaluate.select counts",
@@ -124,6 +124,11 @@ class Experiment(Settings):
     paper: str | None = Field(
         None, description="the paper's numbers to show beside ours, e.g. table1/50-shots"
     )
+
+    @cached_property
+    def candidates(self) -> dict[str, Candidate]:
+        """Every student that is trained, by its name; a student without a sweep is its own only candidate."""
+        return {candidate.name: candidate for candidate in candidates(self.students, self.sweep)}
 
     @model_validator(mode="after")
     def _comparable(self) -> Experiment:
@@ -158,7 +163,7 @@ class Experiment(Settings):
     def answered_splits(self) -> tuple[str, ...]:
         """Splits the teacher answers for in stage 1: what students train on, select on and are scored on."""
         select = (self.evaluate.select,) if self.evaluate.select else ()
-        students = tuple(student.split for student in self.students.values())
+        students = tuple(candidate.settings.split for candidate in self.candidates.values())
         return tuple(dict.fromkeys((*students, *select, *self.evaluate.splits)))
 
     @property

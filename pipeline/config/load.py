@@ -15,7 +15,7 @@ from artifacts.errors import ConfigError
 from pipeline.config.base import Settings
 from pipeline.config.data import SOURCES
 from pipeline.config.experiment import Experiment
-from pipeline.config.grid import expand
+from pipeline.config.grid import combinations, overridden, wrong
 from pipeline.config.problems import describe, unknown_key
 from pipeline.config.training import StudentConfig
 
@@ -34,19 +34,39 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 def parse(raw: Mapping[str, Any], where: str = "config") -> Experiment:
     """Validate an already read config. Raises ConfigError that lists every problem at once."""
     resolved, problems = _resolve_students(copy.deepcopy(dict(raw)))
+    if not problems:
+        problems = _candidates_problems(resolved)
     try:
         experiment = Experiment.model_validate(resolved)
     except ValidationError as error:
-        sweep = raw.get("sweep")
-        problems += [
-            describe(_as_written(problem, sweep), Experiment, SOURCES, more_keys=["train"])
-            for problem in error.errors()
-        ]
+        problems += [_sentence(problem) for problem in error.errors()]
     if problems:
         distinct = list(dict.fromkeys(problems))
         lines = "\n".join(f"  {problem}" for problem in distinct)
         raise ConfigError(f"{where} has {len(distinct)} problem{'s' if len(distinct) > 1 else ''}:\n{lines}")
     return experiment
+
+
+def _candidates_problems(resolved: Mapping[str, Any]) -> list[str]:
+    """Problems of a sweep's candidates, each told at the key of `sweep` or of the student that has it."""
+    students, problems = resolved.get("students"), []
+    for name, grid in (resolved.get("sweep") or {}).items():
+        own = students.get(name) if isinstance(students, dict) else None
+        if not isinstance(own, dict):
+            continue
+        for overrides in combinations(grid):
+            try:
+                StudentConfig.model_validate(overridden(own, overrides))
+            except ValidationError as error:
+                for problem in error.errors():
+                    swept = ".".join(map(str, problem["loc"])) in grid
+                    location = ("sweep" if swept else "students", name, *problem["loc"])
+                    problems.append(_sentence({**problem, "loc": location}))
+    return problems
+
+
+def _sentence(problem: Any) -> str:
+    return describe(problem, Experiment, SOURCES, more_keys=["train"])
 
 
 def dump(settings: Settings) -> str:
@@ -122,34 +142,37 @@ def _resolve_students(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     defaults = {key: value for key, value in defaults.items() if key in StudentConfig.model_fields}
     students = raw.get("students")
     sweep = raw.get("sweep") or {}
-    if isinstance(students, dict) and isinstance(sweep, dict):
-        students, wrong = expand({str(name): own for name, own in students.items()}, sweep)
-        problems += wrong
     if isinstance(students, dict):
-        merged = {
-            str(name): _merge({"augment": augment}, defaults, own or {})
-            if isinstance(own, dict | None)
-            else own
+        students = {str(name): own for name, own in students.items()}
+        raw["students"] = {
+            name: _merge({"augment": augment}, defaults, own or {}) if isinstance(own, dict | None) else own
             for name, own in students.items()
         }
-        raw["students"] = merged
+        if isinstance(sweep, dict):
+            problems += wrong(students, sweep)
+    if not problems and isinstance(students, dict) and isinstance(sweep, dict):
+        _lay_first_values(raw["students"], sweep)
     teacher = raw.get("teacher")
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), dict):
         teacher["train"] = _merge({"augment": augment}, teacher["train"])
     return raw, problems
 
 
-def _as_written(problem: Any, sweep: Any) -> Any:
-    """A problem of a sweep's candidate where the file has it, in `sweep` or in the student, so that it is told once."""
-    if problem["loc"][:1] != ("students",) or len(problem["loc"]) == 1:
-        return problem
-    _, name, *key = problem["loc"]
-    method, comma, _ = str(name).partition(",")
-    grid = sweep.get(method) if isinstance(sweep, dict) else None
-    if not comma or not isinstance(grid, dict):
-        return problem
-    where = "sweep" if ".".join(map(str, key)) in grid else "students"
-    return {**problem, "loc": (where, method, *key)}
+def _lay_first_values(students: dict[str, Any], sweep: Mapping[str, Any]) -> None:
+    """A swept student is valid by itself, too: what only its sweep says is the first value there."""
+    for name, grid in sweep.items():
+        own = students[str(name)]
+        if isinstance(own, dict):
+            missing = {key: values[0] for key, values in grid.items() if not _has(own, key)}
+            students[str(name)] = overridden(own, missing)
+
+
+def _has(section: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(section, dict) or part not in section:
+            return False
+        section = section[part]
+    return True
 
 
 def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

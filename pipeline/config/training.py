@@ -62,6 +62,8 @@ class ModelConfig(Settings):
 
 
 Score = Literal["accuracy", "agreement", "f1", "epg", "iou", "worst_group_accuracy"]
+DEFAULT_SCORES: tuple[Score, ...] = ("f1", "accuracy", "agreement")
+"""What chooses epochs and a sweep's runs if the config does not say it: the first of them that there is."""
 
 
 class Schedule(Settings):

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from artifacts import ImageSet, open_images
 from artifacts.errors import ConfigError
 from artifacts.packing import write_images
-from artifacts.places import Place, place
+from artifacts.places import Place
 from pipeline.config import DataConfig, Experiment, Files
 from pipeline.data import Source, open_source, split_names
 from pipeline.data.protocol import cut_together
@@ -16,27 +16,26 @@ from pipeline.data.reading.unreadable import UnreadableImages
 from pipeline.data.unlabelled import Unlabelled
 from pipeline.data.view import CanonicalView
 from pipeline.progress import Progress, Quiet
-from pipeline.workspace import Layout
+from pipeline.workspace import Workspace
 
 
-def pack(experiment: Experiment, layout: Layout, progress: Progress) -> None:
+def pack(workspace: Workspace) -> None:
     """Pack every split that the experiment reads and that is not packed yet; a finished one is checked and kept."""
-    for split in experiment.packed_splits:
-        pack_split(experiment, layout, split, progress)
+    for split in workspace.experiment.packed_splits:
+        pack_split(workspace, split)
 
 
-def pack_split(
-    experiment: Experiment, layout: Layout, split: str, progress: Progress, again: Collection[str] = ()
-) -> ImageSet:
+def pack_split(workspace: Workspace, split: str, again: Collection[str] = ()) -> ImageSet:
     """Pack one split, or continue where an interrupted run stopped; `again` names tars to pack once more."""
-    where = layout.images(split)
+    experiment, place_of_split = workspace.experiment, workspace.layout.images(split)
     view = CanonicalView.of(experiment.view)
-    if where.exists("index.json") and not again:
-        progress = Quiet()  # nothing to do but to check that it is the same
-    source = split_source(experiment, layout, split, progress)
+    nothing_to_do = place_of_split.exists("index.json") and not again
+    # a finished set is only checked to be the same
+    progress = Quiet() if nothing_to_do else workspace.progress
+    source = split_source(workspace, split, progress)
     with progress.bar(f"pack {split}", len(source), "image") as advance:
         write_images(
-            where,
+            place_of_split,
             count=len(source),
             get=lambda row: view.apply(source.raw(row)),
             view=view.describe(),
@@ -46,25 +45,24 @@ def pack_split(
             again=again,
             progress=advance,
         )
-    return open_images(where)
+    return open_images(place_of_split)
 
 
-def split_source(experiment: Experiment, layout: Layout, split: str, progress: Progress) -> Source:
+def split_source(workspace: Workspace, split: str, progress: Progress) -> Source:
     """A split of `data`, or, unlabelled, NAME/SPLIT: a split of also.NAME. Raises ConfigError for an unknown one."""
     name, slash, inner = split.rpartition("/")
     if not slash:
-        return _opened(experiment, layout, experiment.data, split, "", progress)
-    return Unlabelled(_opened(experiment, layout, _other(experiment, split, name), inner, name, progress))
+        return _opened(workspace, workspace.experiment.data, split, "", progress)
+    data = _other(workspace.experiment, split, name)
+    return Unlabelled(_opened(workspace, data, inner, name, progress))
 
 
-def _opened(
-    experiment: Experiment, layout: Layout, data: DataConfig, split: str, folder: str, progress: Progress
-) -> Source:
+def _opened(workspace: Workspace, data: DataConfig, split: str, folder: str, progress: Progress) -> Source:
     """`folder`: where below images/ the data set's splits lie, and beside them what could not be read."""
-    side = experiment.view.resize or experiment.view.size
+    side = workspace.experiment.view.resize or workspace.experiment.view.size
     if not isinstance(data, Files) or data.on_bad_image == "stop":
         return open_source(data, split, side)
-    beside = place(layout.shared or layout.root) / f"images/{folder}"
+    beside = workspace.layout.artifacts / f"images/{folder}"
     unreadable = UnreadableImages(beside, side, progress, split, _begun(data, split, beside))
     return open_source(data, split, side, unreadable)
 

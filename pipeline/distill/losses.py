@@ -5,12 +5,67 @@ All losses compute in float32, whatever the inputs' precision and autocast; grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config import StudentConfig
+from pipeline.data.batches import Targets
+from pipeline.training.labels import label_loss
+
 _DEAD = 1e-18
 """Maps whose largest magnitude is below count as all-zero: their gradients' squares would overflow float32."""
+
+
+class OfMaps(NamedTuple):
+    """Eq. 3 on one batch: L_exp, mean over the valid samples; their share in 0..1; mean norm of the student's maps."""
+
+    loss: Tensor
+    valid: Tensor
+    map_norm: Tensor
+
+
+class Terms(NamedTuple):
+    """The unweighted terms of one step's loss, float32 scalars; None: not asked for.
+
+    logits     L_KD of Eq. 1, or the labels' loss in its place (`loss: ce`, `bce`)
+    labels     the labels' loss beside it
+    prior      a prior method's loss, which has its weight
+    explained  L_exp of Eq. 3
+    """
+
+    logits: Tensor
+    labels: Tensor | None = None
+    prior: Tensor | None = None
+    explained: OfMaps | None = None
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Those that carry gradients."""
+        of_maps = None if self.explained is None else self.explained.loss
+        return [term for term in (self.logits, self.labels, self.prior, of_maps) if term is not None]
+
+
+LossTerms = Callable[[Callable[..., Any], Tensor, Tensor, Targets | None, bool], Terms]
+"""(student, images, labels, targets, explain) -> `step.loss_terms`, as it is or compiled."""
+
+
+def logit_terms(settings: StudentConfig, explained: Any, labels: Tensor, targets: Targets | None) -> Terms:
+    """What does not need a map, of a student's `Explained`."""
+    logits, prior = explained.logits, getattr(explained, "prior_loss", None)
+    of_labels = None
+    if settings.label_loss is not None:
+        of_labels = label_loss(settings.label_loss, logits, labels)
+    if settings.loss in ("ce", "bce"):
+        assert of_labels is not None
+        return Terms(of_labels, prior=prior)
+    assert targets is not None
+    if settings.loss == "l2d":
+        return Terms(multilabel_kd_loss(logits, targets.logits), of_labels, prior)
+    return Terms(kd_loss(logits, targets.logits, settings.temperature), of_labels, prior)
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

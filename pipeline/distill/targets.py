@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.augment.counter import mixup_share
+from pipeline.config import StudentConfig
 from pipeline.data.batches import Answers, Targets
 from pipeline.explain.classes import drawn
+from pipeline.training.labels import label_targets
 
 
 def drawn_targets(answers: Answers, share: Tensor) -> Targets:
@@ -15,6 +20,21 @@ def drawn_targets(answers: Answers, share: Tensor) -> Targets:
     chosen = drawn(answers.classes, share)
     row = torch.arange(len(chosen), device=chosen.device)
     return Targets(answers.logits, answers.classes[row, chosen], answers.maps[row, chosen])
+
+
+def mixup(settings: StudentConfig, classes: int, seed: int, epoch: int, step: int) -> Mix:
+    """mixup of one step: (images, labels, targets) -> the same, mixed alike. An online teacher sees mixed images."""
+    share = mixup_share(settings.mixup, seed, epoch, step)
+
+    def mix(images: Tensor, labels: Tensor, targets: Targets | None) -> tuple[Tensor, Tensor, Targets | None]:
+        if settings.label_loss is not None:
+            labels = mixed(label_targets(settings.label_loss, labels, classes), share)
+        return mixed(images, share), labels, targets and mixed_targets(targets, share)
+
+    return mix
+
+
+Mix = Callable[[Tensor, Tensor, Targets | None], tuple[Tensor, Tensor, Targets | None]]
 
 
 def mixed(values: Tensor, share: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -27,14 +28,16 @@ Answer = Callable[[Tensor, Tensor | None, Answers | None], tuple[Tensor, Tensor]
 Samples = dict[str, Tensor]
 
 
-class Scores(dict[str, float]):
-    """Means over a split by name; `samples` has what they are means of, f32 [rows] each, NaN where undefined.
+@dataclass(frozen=True)
+class Scores:
+    """`means` over a split by name; `samples` has what they are means of, f32 [rows] each, NaN if undefined.
 
     F1 is there as its three counts per row (`f1_hits`, `f1_predicted`, `f1_true`), the calibration error as the top-1's
     probability (`confidence`), scores of groups as each row's `group`. Where rows have several labels, `localised` says
     how many of a row's labels its epg and iou are means of: the split's are means over all labels.
     """
 
+    means: dict[str, float]
     samples: Samples
 
 
@@ -100,9 +103,7 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
             parts.setdefault(name, []).append(values.float())
     own = {name: torch.cat(found)[: len(mine)] for name, found in parts.items()}
     samples = {name: _gathered(fabric, values, len(data.rows)) for name, values in own.items()}
-    scores = Scores(_summary(samples))
-    scores.samples = samples
-    return scores
+    return Scores(_summary(samples), samples)
 
 
 @torch.no_grad()

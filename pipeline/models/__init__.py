@@ -5,7 +5,7 @@ The zoo is `build`; a network of your own is wrapped with `classifier`.
 
 from pipeline.models.bcos import BCosClassifier
 from pipeline.models.classifier import Classifier, classifier
-from pipeline.models.weights import load_weights, save_weights, weights_sha256
+from pipeline.models.weights import fill, load_weights, save_weights, weights_sha256
 from pipeline.models.zoo import build, start_from
 
 Explainable = Classifier | BCosClassifier
@@ -17,6 +17,7 @@ __all__ = [
     "Explainable",
     "build",
     "classifier",
+    "fill",
     "load_weights",
     "save_weights",
     "start_from",

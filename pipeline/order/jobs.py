@@ -19,6 +19,15 @@ Job = tuple[str, int]
 """Student, seed."""
 
 
+class JobsFailed(E2kdError):
+    """Processes of runs ended with an error. `codes`: their exit codes."""
+
+    def __init__(self, codes: Mapping[Job, int]) -> None:
+        names = ", ".join(f"{name} seed {seed} (exit code {code})" for (name, seed), code in codes.items())
+        super().__init__(f"failed: {names}; what they said is above, the other runs are kept")
+        self.codes = dict(codes)
+
+
 def run_jobs(
     jobs: Sequence[Job], command: Sequence[str], count: int, progress: Progress
 ) -> list[tuple[Job, int]]:

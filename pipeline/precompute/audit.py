@@ -11,8 +11,13 @@ from torch import nn
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
+from artifacts.errors import ConfigError
+from pipeline.devices import device_of
 from pipeline.evaluate.metrics import map_cosine
 from pipeline.progress import Advance
+from pipeline.provenance import expected, matching_store
+from pipeline.training.trained import LiveTeacher
+from pipeline.workspace import Workspace
 
 LOGIT_TOLERANCE = 0.01
 """Of the mean range of an image's logits: far above codecs and other devices' arithmetic, far below another model."""
@@ -50,6 +55,23 @@ class Audit:
         )
 
 
+def audit_store(workspace: Workspace, split: str, share: str) -> Audit:
+    """Ask the teacher again for `1%` or `200` random rows of a split's store. Raises ConfigError for another share."""
+    images = workspace.open_images(split)
+    store = matching_store(workspace, split, images)
+    try:
+        rows = random_rows(len(store), share)
+    except ValueError:
+        raise ConfigError(
+            f"--against-teacher {share}: give a share like 1% or a number of rows like 200"
+        ) from None
+    teacher, size = LiveTeacher(workspace), workspace.experiment.store.batch_size
+    # a store is of its record; here the network itself is looked at
+    store.check_same(expected(workspace.experiment, teacher.record, images))
+    with workspace.progress.bar("ask the teacher", len(rows), "image") as advance:
+        return audit(teacher.explainer, images, store, rows, batch_size=size, advance=advance)
+
+
 @torch.no_grad()
 def audit(
     explainer: nn.Module,
@@ -58,10 +80,10 @@ def audit(
     rows: np.ndarray,
     *,
     batch_size: int,
-    device: torch.device,
     advance: Advance,
 ) -> Audit:
     """Compare the stored answers for `rows` with the teacher's, now."""
+    device = device_of(explainer)
     allowed = min(0.99, get_codec(store.manifest.maps.codec).crop_p1)
     same, errors, ranges, cosines = [], [], [], []
     for start in range(0, len(rows), batch_size):

@@ -13,26 +13,25 @@ import json
 
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError
-from pipeline.config import Experiment
 from pipeline.report.about import wanting
 from pipeline.report.markdown import markdown, markdown_table
 from pipeline.report.page import page
 from pipeline.report.results import Results
 from pipeline.report.tables import short_table
-from pipeline.workspace import Layout
+from pipeline.workspace import Workspace
 
 FORMAT = 4
 """Raised when the pictures or the page are drawn otherwise, so that old reports are drawn again."""
 
 
-def report(experiment: Experiment, layout: Layout) -> str:
+def report(workspace: Workspace) -> str:
     """Write `report/report.md`, `report/report.html` and the pictures; returns short tables and where the report is.
 
-    Finished runs only: what is missing is said in the report. Raises ConfigError where no run is finished or where the
+    Finished runs only: what is missing is said in the report. Raises ConfigError if no run is finished or if the
     config names a table that the paper does not have. Nothing is drawn again when the runs are the same as in the last
     report.
     """
-    results = Results(experiment, layout)
+    results, layout = Results(workspace), workspace.layout
     if not results.methods:
         raise ConfigError(f"no finished run in {layout.runs}; run: e2kd distill CONFIG")
     text, html = layout.report / "report.md", layout.report / "report.html"
@@ -41,7 +40,7 @@ def report(experiment: Experiment, layout: Layout) -> str:
         _write(results, stamp)
     tables = [
         f"**{split}**\n\n{markdown_table(short_table(results, split))}"
-        for split in experiment.evaluate.splits
+        for split in workspace.experiment.evaluate.splits
     ]
     notes = [f"note: {what}: {', '.join(runs)}" for what, runs in wanting(results) if runs]
     return "\n\n".join([*tables, *notes, f"report: {text}\npage: {html}"])

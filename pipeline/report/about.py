@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from artifacts import ImageSet, TeacherStore, open_images, open_store
+from artifacts import ImageSet, TeacherStore
 from artifacts.errors import E2kdError
 from pipeline.config import Experiment, StudentConfig
 from pipeline.data.batches import batches_per_epoch
@@ -49,7 +49,7 @@ def wanting(results: Results) -> list[tuple[str, list[str]]]:
 
 def settings_table(results: Results) -> Table:
     """The settings in which the methods differ; what all share is in config.yaml."""
-    flat = [_in_use(results.experiment.students[method.student]) for method in results.methods]
+    flat = [_in_use(results.settings(method)) for method in results.methods]
     every = dict.fromkeys(key for settings in flat for key in settings)
     flat = [
         {key: value for key, value in settings.items() if value is not None} for settings in flat
@@ -99,7 +99,7 @@ def passes(results: Results) -> str:
     frozen = [
         _presented(results, method) * len(results.results[method.name])
         for method in results.methods
-        if _is_frozen(results.experiment, method)
+        if _is_frozen(results.settings(method))
     ]
     asked = sum(count for count in frozen if count)
     if not asked:
@@ -184,7 +184,7 @@ def _mean(seconds: list[float]) -> str:
 
 def _asked(results: Results, method: Method) -> str:
     """Teacher's forward passes per run: none from a store, one per presented image online."""
-    settings = results.experiment.students[method.student]
+    settings = results.settings(method)
     presented = _presented(results, method)
     if not settings.needs_teacher:
         return "none (no teacher)"
@@ -193,9 +193,9 @@ def _asked(results: Results, method: Method) -> str:
 
 def _presented(results: Results, method: Method) -> int:
     """Images shown in one run: full batches x epochs; 0 where the image set is not there."""
-    settings = results.experiment.students[method.student]
+    settings = results.settings(method)
     try:
-        images: ImageSet = open_images(results.layout.images(settings.split))
+        images: ImageSet = results.workspace.open_images(settings.split)
     except E2kdError:
         return 0
     rows = len(select_rows(images.labels, settings.rows, settings.shots))
@@ -203,8 +203,7 @@ def _presented(results: Results, method: Method) -> int:
     return batches_per_epoch(rows, size, 1) * size * settings.epochs if rows else 0
 
 
-def _is_frozen(experiment: Experiment, method: Method) -> bool:
-    settings = experiment.students[method.student]
+def _is_frozen(settings: StudentConfig) -> bool:
     return settings.needs_teacher and settings.mode == "frozen"
 
 
@@ -212,7 +211,7 @@ def _stores(results: Results) -> Iterator[tuple[str, TeacherStore]]:
     """The finished stores of the experiment's splits."""
     for split in results.experiment.answered_splits:
         try:
-            yield split, open_store(results.layout.store(results.experiment.store_name, split))
+            yield split, results.workspace.open_store(split)
         except E2kdError:
             continue
 

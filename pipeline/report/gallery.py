@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from artifacts import ImageSet, open_images
+from artifacts import ImageSet
 from artifacts.errors import E2kdError
 from pipeline.data.source import Label
-from pipeline.evaluate.students import load_student
 from pipeline.explain import heat
 from pipeline.explain.bcos import colour
-from pipeline.precompute.answer import open_matching_store
+from pipeline.provenance import matching_store
 from pipeline.report.document import Block, Picture, Text
 from pipeline.report.overlay import overlay, save
 from pipeline.report.pictures import grid
 from pipeline.report.results import Results
+from pipeline.training.trained import load_student
 
 PER_SPLIT = 4
 """Example images of each split: the first ones of the classes in turn, never picked by how they look."""
@@ -99,9 +99,9 @@ def rows_by_class(labels: Sequence[Label], count: int = PER_SPLIT) -> np.ndarray
 
 def _ask(results: Results, split: str) -> tuple[Examples, dict[str, Answer]]:
     """The stored teacher and the first finished seed of every method, about the same images and classes."""
-    experiment, layout = results.experiment, results.layout
-    images = open_images(layout.images(split))
-    store = open_matching_store(experiment, layout, split, images)
+    workspace = results.workspace
+    images = workspace.open_images(split)
+    store = matching_store(workspace, split, images)
     rows = rows_by_class(images.labels)
     stored = store.read(rows)
     classes = torch.from_numpy(stored.explained_class[:, 0, 0])
@@ -111,7 +111,7 @@ def _ask(results: Results, split: str) -> tuple[Examples, dict[str, Answer]]:
     }
     for method in results.methods[:MOST_METHODS]:
         seed = next(iter(results.results[method.name]))
-        student = load_student(experiment, layout, method.student, seed)
+        student = load_student(workspace, method.student, seed)
         answers[method.name] = _answer(student, examples)
     return examples, answers
 

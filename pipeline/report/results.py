@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline.config import Experiment, StudentConfig
+from pipeline.config import StudentConfig
 from pipeline.evaluate.scores import read_samples, samples_file
 from pipeline.evaluate.students import scored_elsewhere
 from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
-from pipeline.training import choice as sweep
+from pipeline.training.choice import choices
 from pipeline.training.run import Run, run_settings
-from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, read_measured, teacher_scores
+from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Workspace, teacher_scores
 
 STAGE_1 = ("data.", "view.", "teacher.", "explain.")
 """Settings that images, teacher and stores were made by; those of ELSEWHERE say only where they are read from."""
@@ -54,9 +54,10 @@ class Method:
 class Results:
     """The methods of an experiment with their finished runs, each file read once."""
 
-    def __init__(self, experiment: Experiment, layout: Layout) -> None:
-        self.experiment, self.layout = experiment, layout
-        self.all_methods = methods(experiment, layout)
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.experiment, self.layout = workspace.experiment, workspace.layout
+        self.all_methods = methods(workspace)
         self.results = {method.name: method.results() for method in self.all_methods}
         self.methods = [method for method in self.all_methods if self.results[method.name]]
         self._intervals: dict[tuple[str, str], dict[str, Interval]] = {}
@@ -92,7 +93,7 @@ class Results:
             f"{method.student} seed {seed} on {split}"
             for method in self.methods
             for seed in self.results[method.name]
-            for split in scored_elsewhere(self.experiment, self.layout, method.runs[seed])
+            for split in scored_elsewhere(self.workspace, method.runs[seed])
         ]
 
     def foreign(self) -> list[str]:
@@ -133,8 +134,7 @@ class Results:
 
     def _beside(self, name: str) -> dict[str, Any]:
         """What stage 1 measured, without the store's identity."""
-        found = read_measured(self.layout.stores(self.experiment.store_name), name)
-        return {key: value for key, value in found.items() if key != "store"}
+        return {key: value for key, value in self.workspace.measured(name).items() if key != "store"}
 
     def measured(self) -> dict[str, Any]:
         """Everything that stage 1 left beside the stores, for the report's stamp."""
@@ -149,15 +149,19 @@ class Results:
 
     def baseline(self, method: Method) -> Method | None:
         """The finished method that differs by its explanation weight, which is 0 there, and by swept settings alone."""
-        own = self.experiment.students[method.student]
+        own = self.settings(method)
         if not own.explanation_weight:
             return None
         for other in self.methods:
-            settings = self.experiment.students[other.student]
+            settings = self.settings(other)
             free = {*FREE, *method.swept, *other.swept}
             if not settings.explanation_weight and _without(settings, free) == _without(own, free):
                 return other
         return None
+
+    def settings(self, method: Method) -> StudentConfig:
+        """Of the student that stands for the method."""
+        return self.experiment.candidates[method.student].settings
 
     def difference(self, method: Method, base: Method, split: str, metric: str) -> float | None:
         """Own minus base over the seeds that both have."""
@@ -193,16 +197,17 @@ class Results:
         }
 
 
-def methods(experiment: Experiment, layout: Layout) -> list[Method]:
+def methods(workspace: Workspace) -> list[Method]:
     """In the config's order: each with its own student or, after a sweep, the chosen candidate."""
-    choices, scores = sweep.chosen(experiment, layout), sweep.scores(experiment, layout)
-    found = []
-    for name, of_candidates in scores.items():
-        student = choices[name].student if name in choices else ""
-        runs = {seed: Run(layout.run(student, seed)) for seed in experiment.seeds} if student else {}
-        candidates = tuple(Candidate(*pair) for pair in of_candidates.items())
-        found.append(Method(name, student, candidates, frozenset(experiment.sweep.get(name, ())), runs))
-    return found
+    experiment, rows = workspace.experiment, []
+    for name, choice in choices(workspace).items():
+        student = choice.chosen or ""
+        runs = (
+            {seed: Run(workspace.layout.run(student, seed)) for seed in experiment.seeds} if student else {}
+        )
+        candidates = tuple(Candidate(*pair) for pair in choice.scores.items())
+        rows.append(Method(name, student, candidates, frozenset(experiment.sweep.get(name, ())), runs))
+    return rows
 
 
 def _score(result: Mapping[str, Any], split: str, metric: str) -> float | None:

@@ -75,7 +75,8 @@ def _disclaimer(paper: PaperTable) -> str:
 def _caption(results: Results, split: str) -> str:
     if split != results.experiment.evaluate.select:
         return split
-    selects = any(student.keep == "best" for student in results.experiment.students.values())
+    candidates = results.experiment.candidates.values()
+    selects = any(candidate.settings.keep == "best" for candidate in candidates)
     return f"{split} ({'selects the epoch' if selects else 'settings are chosen here'})"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from pipeline.config.grid import short
 from pipeline.report.document import Cell, Table
 from pipeline.report.paper import PaperTable
 from pipeline.report.results import Method, Results
@@ -64,7 +66,7 @@ def candidate_table(results: Results) -> Table | None:
     rows = [
         [
             Cell(method.name),
-            Cell(settings_of(candidate.student)),
+            Cell(settings_of(results.experiment.candidates[candidate.student].overrides)),
             Cell("not finished" if candidate.score is None else _percent(candidate.score)),
             Cell("chosen" if candidate.student == method.student else ""),
         ]
@@ -76,9 +78,9 @@ def candidate_table(results: Results) -> Table | None:
     return Table(caption, ["method", "settings", "score %", ""], rows) if rows else None
 
 
-def settings_of(student: str) -> str:
-    """`e2kd,temperature=5,explanation_weight=1` -> `temperature=5, explanation_weight=1`."""
-    return ", ".join(student.split(",")[1:]) or "as configured"
+def settings_of(overrides: Mapping[str, Any]) -> str:
+    """What a sweep's candidate was given: `temperature=5, explanation_weight=1`."""
+    return ", ".join(f"{key}={short(value)}" for key, value in overrides.items()) or "as configured"
 
 
 def title(metric: str) -> str:
@@ -115,7 +117,7 @@ def _table(
     ]
     rows = [first] if any(cell.text for cell in first[1:]) else []
     rows += [
-        [_name_cell(method)]
+        [_name_cell(results, method)]
         + [
             _cell(results, method, split, name) if own else _paper_cell(paper, method.name, name)
             for name, own in columns
@@ -125,8 +127,9 @@ def _table(
     return Table(caption, head, rows, frozenset(i for i, (_, own) in enumerate(columns, 1) if not own))
 
 
-def _name_cell(method: Method) -> Cell:
-    return Cell(method.name, settings_of(method.student) if len(method.candidates) > 1 else "")
+def _name_cell(results: Results, method: Method) -> Cell:
+    candidate = results.experiment.candidates.get(method.student)
+    return Cell(method.name, settings_of(candidate.overrides) if candidate and candidate.swept else "")
 
 
 def _in_paper(paper: PaperTable | None, metric: str) -> bool:

@@ -1,95 +1,62 @@
-"""Train the experiment's teacher on labels, optionally guided to look at the object (Rao et al., ICCV 2023)."""
+"""Train the experiment's teacher on labels, guided to look at the object if the config says so."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
 
-from artifacts import ImageSet, open_images
+from artifacts import ImageSet
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, DataError
-from pipeline.augment.counter import Ids, key_ids
 from pipeline.augment.paired import PairedAugment
-from pipeline.config import Experiment, TeachConfig
-from pipeline.data.batches import Batch, PairedRows, TrainBatches
-from pipeline.devices import share_of_valid
+from pipeline.config import TeachConfig
+from pipeline.data.batches import PairedRows, TrainBatches
 from pipeline.evaluate.scores import score, student_answers
-from pipeline.explain import heat
 from pipeline.models import build, start_from
 from pipeline.models.sync_norm import convert
-from pipeline.progress import Progress
-from pipeline.teach.guidance import class_masks, guidance_loss, guided_classes
-from pipeline.training.labels import label_loss
-from pipeline.training.loop import fit
+from pipeline.provenance import class_count
+from pipeline.teach.step import TeacherStep
+from pipeline.training.loop import Training, Validate, fit
 from pipeline.training.pareto import ParetoFront
 from pipeline.training.run import Run, teacher_defaults
-from pipeline.training.trained import build_explainer, class_count
-from pipeline.workspace import Layout
+from pipeline.training.trained import build_explainer
+from pipeline.workspace import Workspace
 
 
-@dataclass(frozen=True)
-class TeacherStep:
-    """The labels' loss + weight * guidance_loss(map of a label's class, its mask or boxes).
-
-    An image with several labels is guided about one of them a step, drawn anew in each epoch. `ids`: of the image set's
-    keys, by row.
-    """
-
-    settings: TeachConfig
-    augment: PairedAugment
-    ids: Ids
-    fabric: Fabric
-
-    def __call__(self, teacher: nn.Module, batch: Batch, epoch: int, step: int = 0) -> dict[str, Tensor]:
-        guide = self.settings.guide
-        if guide is None:
-            images, _, _ = self.augment(batch.images, None, batch.rows, epoch)
-            return {"loss": label_loss(self.settings.loss, teacher(images), batch.labels)}
-        classes = guided_classes(batch.labels, self.ids[batch.rows.cpu().numpy()], self.settings.seed, epoch)
-        images, masks, _ = self.augment(batch.images, _masks(batch, classes), batch.rows, epoch)
-        assert masks is not None
-        explained = teacher(images, classes, differentiable=True)
-        classification = label_loss(self.settings.loss, explained.logits, batch.labels)
-        guidance, valid = guidance_loss(guide.loss, heat(explained.maps, images), masks)
-        guidance = guidance * share_of_valid(self.fabric, valid)
-        total = classification + guide.weight * guidance
-        return {"loss": total, "classification": classification, "guidance": guidance, "valid_maps": valid}
-
-
-def _masks(batch: Batch, classes: Tensor) -> Tensor:
-    """The image's mask, or with several labels an image the boxes of the guided class: f32 [B,1,S,S] in 0..1."""
-    assert batch.masks is not None
-    if not batch.labels.is_floating_point():
-        return batch.masks
-    assert batch.boxes is not None
-    return class_masks(batch.boxes, classes, batch.images.shape[-1])
-
-
-def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Progress) -> dict[str, Any]:
+def teach(workspace: Workspace) -> dict[str, Any]:
     """Train the teacher, or continue, or return the result that is there.
 
-    Raises ConfigError where the config names a pretrained teacher or settings that do not fit the labels, DataError
-    where an image lacks a label, or the mask or box that guidance needs.
+    Raises ConfigError if the config names a pretrained teacher or settings that do not fit the labels, DataError
+    if an image lacks a label, or the mask or box that guidance needs.
     """
+    experiment, fabric = workspace.experiment, workspace.fabric
     settings = experiment.teacher.train
     if settings is None:
         raise ConfigError(
             f"the teacher is pretrained (weights: {experiment.teacher.weights}); nothing to teach"
         )
-    images = open_images(layout.images(settings.split))
+    images = workspace.open_images(settings.split)
     _check_labels(images, settings)
-    run = Run(layout.teacher)
+    run = Run(workspace.layout.teacher)
     if fabric.is_global_zero:
         identity = {"teacher": experiment.teacher.model_dump(mode="json"), "images": images.fingerprint}
         run.open(identity, teacher_defaults())
     fabric.barrier()
     if run.done:
         return run.result()
+    training = _training(workspace, settings, images)
+    result = {"seconds": {"train": round(fit(training, fabric, workspace.progress), 1)}}
+    if fabric.is_global_zero:
+        _keep_within(run, training.front, settings)
+        run.finish(result)
+    fabric.barrier()
+    return result
 
+
+def _training(workspace: Workspace, settings: TeachConfig, images: ImageSet) -> Training:
+    """The teacher, what it sees, and what its steps minimise."""
+    experiment, fabric, run = workspace.experiment, workspace.fabric, Run(workspace.layout.teacher)
     torch.manual_seed(settings.seed)
     net = build(experiment.teacher, class_count(experiment, images))
     if settings.init:
@@ -97,51 +64,38 @@ def teach(experiment: Experiment, layout: Layout, fabric: Fabric, progress: Prog
     if fabric.world_size > 1:
         convert(net.net)
     explainer = build_explainer(experiment.explain, net)
-    front = ParetoFront(run.path, settings.pareto) if settings.pareto else None
-    data = PairedRows(
-        images, masks=settings.guide.by if settings.guide else None, cache_mib=settings.cache_mib
-    )
-    validation = _validation_rows(experiment, layout, settings)
-    trained = fit(
-        fabric,
-        explainer if settings.guide else net,
-        net.net,
-        settings,
-        settings.seed,
-        TrainBatches(
-            data,
-            settings.batch_size,
-            settings.seed,
-            workers=settings.workers,
-            rank=fabric.global_rank,
-            world=fabric.world_size,
+    guided = settings.guide.by if settings.guide else None
+    data = PairedRows(images, masks=guided, cache_mib=settings.cache_mib)
+    size = net.map_size(images.size)
+    augment = PairedAugment(settings.augment, seed=settings.seed, keys=images.keys, map_size=size)
+    rank, world = fabric.global_rank, fabric.world_size
+    return Training(
+        module=explainer if settings.guide else net,
+        net=net.net,
+        settings=settings,
+        seed=settings.seed,
+        batches=TrainBatches(
+            data, settings.batch_size, settings.seed, workers=settings.workers, rank=rank, world=world
         ),
-        TeacherStep(
-            settings,
-            PairedAugment(
-                settings.augment, seed=settings.seed, keys=images.keys, map_size=net.map_size(images.size)
-            ),
-            key_ids(images.keys),
-            fabric,
-        ),
-        run,
-        validate=(
-            lambda: score(
-                fabric, student_answers(explainer.eval()), validation, experiment.evaluate.batch_size
-            )
-        )
-        if validation
-        else None,
-        front=front,
-        progress=progress,
+        loss=TeacherStep(settings, augment, fabric),
+        run=run,
         label="teach",
+        validate=_validation(workspace, settings, explainer),
+        front=ParetoFront(run.path, settings.pareto) if settings.pareto else None,
     )
-    result = {"seconds": {"train": round(trained, 1)}}
-    if fabric.is_global_zero:
-        _keep_within(run, front, settings)
-        run.finish(result)
-    fabric.barrier()
-    return result
+
+
+def _validation(workspace: Workspace, settings: TeachConfig, explainer: torch.nn.Module) -> Validate | None:
+    """Scores on the selection split without a store: there is none before the teacher is trained."""
+    evaluate = workspace.experiment.evaluate
+    if evaluate.select is None:
+        return None
+    rows = PairedRows(workspace.open_images(evaluate.select), masks="any", cache_mib=settings.cache_mib)
+
+    def validate() -> dict[str, float]:
+        return score(workspace.fabric, student_answers(explainer.eval()), rows, evaluate.batch_size).means
+
+    return validate
 
 
 def _keep_within(run: Run, front: ParetoFront | None, settings: TeachConfig) -> None:
@@ -167,11 +121,3 @@ def _check_labels(images: ImageSet, settings: TeachConfig) -> None:
             f"{images.place} has several labels an image, and a mask does not say whose it is: set "
             "teacher.train.guide.by to box"
         )
-
-
-def _validation_rows(experiment: Experiment, layout: Layout, settings: TeachConfig) -> PairedRows | None:
-    """The selection split without a store: there is none before the teacher is trained."""
-    if experiment.evaluate.select is None:
-        return None
-    images = open_images(layout.images(experiment.evaluate.select))
-    return PairedRows(images, masks="any", cache_mib=settings.cache_mib)

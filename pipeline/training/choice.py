@@ -6,79 +6,66 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Experiment
+from artifacts.errors import ConfigError
+from pipeline.config import DEFAULT_SCORES, Candidate, Experiment
 from pipeline.training.run import Run
-from pipeline.workspace import Layout
-
-DEFAULT_SCORES = ("f1", "accuracy", "agreement")
-"""What chooses where `evaluate.select_by` does not say it: the first that the runs have."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A student of the config file; after a sweep several `candidates` by name, otherwise itself alone."""
-
-    name: str
-    candidates: tuple[str, ...]
+from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`student` counts for its method; the scores on `evaluate.select` by candidate, None where there is none."""
+    """One student of the config file and its candidates.
 
-    student: str
-    score: float | None
-    candidates: dict[str, float | None]
+    scores  by candidate, on `evaluate.select` with the first seed; None if there is none
+    chosen  the candidate that counts; None while a run with the first seed is neither finished nor diverged
+    """
 
+    method: str
+    scores: dict[str, float | None]
+    chosen: str | None
 
-def methods(experiment: Experiment) -> list[Method]:
-    """In the config's order."""
-    found: dict[str, list[str]] = {}
-    for student in experiment.students:
-        name = method_of(student) if is_swept(experiment, student) else student
-        found.setdefault(name, []).append(student)
-    return [Method(name, tuple(candidates)) for name, candidates in found.items()]
-
-
-def method_of(student: str) -> str:
-    """`e2kd` of `e2kd,temperature=5`."""
-    return student.partition(",")[0]
-
-
-def is_swept(experiment: Experiment, student: str) -> bool:
-    """Whether a student is one of a sweep's candidates."""
-    return bool(experiment.sweep.get(method_of(student)))
+    def decided(self, experiment: Experiment) -> str | None:
+        """`chosen`. Raises ConfigError if no candidate has the score that chooses."""
+        if self.chosen is not None and self.scores[self.chosen] is None and len(self.scores) > 1:
+            wanted, split = experiment.evaluate.select_by, experiment.evaluate.select
+            raise ConfigError(
+                f"sweep.{self.method}: no run has {wanted or ' or '.join(DEFAULT_SCORES)} on {split}; set "
+                "evaluate.select_by to a score that they have, then `e2kd evaluate` scores them again"
+            )
+        return self.chosen
 
 
-def scores(experiment: Experiment, layout: Layout) -> dict[str, dict[str, float | None]]:
-    """By method and candidate: with the first seed, on `evaluate.select`; None where there is none."""
+def by_method(experiment: Experiment) -> dict[str, list[Candidate]]:
+    """The candidates of each student, in the config's order."""
+    methods: dict[str, list[Candidate]] = {name: [] for name in experiment.students}
+    for candidate in experiment.candidates.values():
+        methods[candidate.method].append(candidate)
+    return methods
+
+
+def choices(workspace: Workspace) -> dict[str, Choice]:
+    """By method, in the config's order; of equal candidates the first counts."""
     return {
-        method.name: {name: _score(experiment, layout, name) for name in method.candidates}
-        for method in methods(experiment)
+        method: _choice(workspace, method, candidates)
+        for method, candidates in by_method(workspace.experiment).items()
     }
 
 
-def chosen(experiment: Experiment, layout: Layout) -> dict[str, Choice]:
-    """By method. A swept one is left out while a candidate's run with the first seed is neither finished nor diverged;
-    of equal candidates the first counts."""
-    found = {}
-    for name, candidates in scores(experiment, layout).items():
-        runs = [Run(layout.run(student, experiment.seeds[0])) for student in candidates]
-        decided = all(run.done or run.diverged for run in runs)
-        if decided or not experiment.sweep.get(name):
-            best = _best(candidates)
-            found[name] = Choice(best, candidates[best], candidates)
-    return found
+def _choice(workspace: Workspace, method: str, candidates: list[Candidate]) -> Choice:
+    seed = workspace.experiment.seeds[0]
+    runs = {one.name: Run(workspace.layout.run(one.name, seed)) for one in candidates}
+    scores = {name: _score(workspace.experiment, run) for name, run in runs.items()}
+    decided = not candidates[0].swept or all(run.done or run.diverged for run in runs.values())
+    return Choice(method, scores, _best(scores) if decided else None)
 
 
 def _best(scores: dict[str, float | None]) -> str:
-    """The first of the highest; one without a score only where none has one."""
+    """The first of the highest; one without a score only if none has one."""
     known = {name: score for name, score in scores.items() if score is not None}
     return max(known, key=known.__getitem__) if known else next(iter(scores))
 
 
-def _score(experiment: Experiment, layout: Layout, student: str) -> float | None:
-    run = Run(layout.run(student, experiment.seeds[0]))
+def _score(experiment: Experiment, run: Run) -> float | None:
     if not run.done or experiment.evaluate.select is None:
         return None
     scores: dict[str, Any] = run.result()["splits"].get(experiment.evaluate.select, {})

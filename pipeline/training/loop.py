@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -18,196 +17,150 @@ from pipeline.data.batches import Batch, TrainBatches
 from pipeline.devices import reduced
 from pipeline.models import save_weights
 from pipeline.progress import Progress
+from pipeline.training.keep import NO_BEST, Keeper
 from pipeline.training.pareto import ParetoFront
 from pipeline.training.run import CheckpointError, Run
+from pipeline.training.schedule import build_optimizer, clip_gradients, learning_rate
 
-LossFn = Callable[[nn.Module, Batch, int, int], dict[str, Tensor]]
-"""(module, batch on the device, epoch, step of the run) -> {"loss": scalar, ...other scalars to log}."""
+
+class StepLoss(NamedTuple):
+    """What one step minimises, a scalar on the graph, and the scalars that are logged beside it, by name."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+LossFn = Callable[[nn.Module, Batch, int, int], StepLoss]
+"""(module, batch on the device, epoch, step of the run) -> its loss."""
 
 Validate = Callable[[], dict[str, float]]
 """Scores by name, the higher the better; the same ones at every call."""
-
-DEFAULT_SCORES = ("f1", "accuracy", "agreement")
-"""What `keep: best` goes by where `best_by` says nothing: the first of them that validation gives."""
 
 
 class Diverged(E2kdError):
     """The loss, or what the network answers, became NaN or infinite."""
 
 
-def fit(
-    fabric: Fabric,
-    module: nn.Module,
-    net: nn.Module,
-    settings: Schedule,
-    seed: int,
-    batches: TrainBatches,
-    loss: LossFn,
-    run: Run,
-    *,
-    validate: Validate | None = None,
-    front: ParetoFront | None = None,
-    progress: Progress,
-    label: str,
-) -> float:
-    """Train `module` (which contains `net`, whose weights are kept) from the run's checkpoint to its last epoch.
+@dataclass(frozen=True)
+class Training:
+    """One network in training.
 
-    The result is in `last.safetensors` or, by `settings.keep` and `best_by`, `best.safetensors` (`kept_weights`), and
-    the checkpoints of `front` in its files. Killed and started again, it ends with the same weights as in one go on the
-    same device: order, augmentation and the random state are functions of (seed, epoch), and a checkpoint is one atomic
-    file with all of `module`. Returns the seconds it took, those up to the checkpoint included (on the first process).
-    Raises ConfigError where validation does not give a score that was asked for.
+    module    what is trained and checkpointed; it contains `net`
+    net       the bare network, whose weights are kept
+    settings  its schedule
+    seed      decides dropout, with the epoch
+    batches   what an epoch's steps see
+    loss      what a step minimises
+    run       the folder of the checkpoints and the log
+    label     what the progress bar says
+    validate  scores of an epoch; None: no epoch is selected
+    front     keeps the checkpoints that no other beats; None: none of them
     """
+
+    module: nn.Module
+    net: nn.Module
+    settings: Schedule
+    seed: int
+    batches: TrainBatches
+    loss: LossFn
+    run: Run
+    label: str
+    validate: Validate | None = None
+    front: ParetoFront | None = None
+
+
+def fit(training: Training, fabric: Fabric, progress: Progress) -> float:
+    """Train from the run's checkpoint to the last epoch. Returns the seconds it took, those of earlier sessions too.
+
+    The result is in `last.safetensors` or, by `keep` and `best_by`, `best.safetensors` (`keep.kept_weights`), and the
+    checkpoints of `front` in its files. Killed and started again, it ends with the same weights as in one go on the
+    same device: order, augmentation and the random state are functions of (seed, epoch), and a checkpoint is one
+    atomic file with all of `module`. Raises ConfigError if validation does not give a score that was asked for,
+    Diverged if the loss is not finite.
+    """
+    module, settings, run = training.module, training.settings, training.run
     optimizer = build_optimizer(module, settings)
     state = run.load_state()
     if state:
         _resume(module, state, run)
     wrapped, optimizer = fabric.setup(module, optimizer)
-    first, best = 0, -math.inf
+    keeper = Keeper(
+        run, settings, training.front, state["best"] if state else NO_BEST, writes=fabric.is_global_zero
+    )
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        first, best = state["epochs_done"], state["best"]
     else:
-        _try_scores(settings, front, wrapped, validate)
+        _try_scores(keeper, wrapped, training.validate)
+    first = state["epochs_done"] if state else 0
     if fabric.is_global_zero:
         run.forget_after(first)
-        if front:
-            front.settle(run.history())
+    keeper.settle()
 
-    total = settings.epochs * len(batches)
+    steps = len(training.batches)
     pending: list[dict[str, float]] = []
-    history = run.history() if fabric.is_global_zero else []
-    started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
-    with progress.bar(label, total, "step") as advance:
-        advance(first * len(batches))
+    started = time.monotonic() - _seconds_so_far(run, fabric)
+    with progress.bar(training.label, settings.epochs * steps, "step") as advance:
+        advance(first * steps)
         for epoch in range(first, settings.epochs):
-            torch.manual_seed(_epoch_seed(seed, epoch, fabric.global_rank))  # dropout
+            # dropout
+            torch.manual_seed(_epoch_seed(training.seed, epoch, fabric.global_rank))
             wrapped.train()
-            logged: list[dict[str, Tensor]] = []
-            for index, batch in enumerate(batches.epoch(epoch)):
-                step = epoch * len(batches) + index
-                rate = learning_rate(settings, step, total)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                values = loss(wrapped, batch.to(fabric.device), epoch, step)
+            logged = []
+            for index, batch in enumerate(training.batches.epoch(epoch)):
+                step = epoch * steps + index
+                _set_rate(optimizer, learning_rate(settings, step, settings.epochs * steps))
+                loss = training.loss(wrapped, batch.to(fabric.device), epoch, step)
                 optimizer.zero_grad(set_to_none=True)
-                fabric.backward(values["loss"])
-                norm = _clip(module, settings)
+                fabric.backward(loss.total)
+                norm = clip_gradients(module, settings)
                 optimizer.step()
-                logged.append({name: value.detach() for name, value in values.items()} | {"grad_norm": norm})
+                logged.append(_detached({"loss": loss.total, **loss.terms, "grad_norm": norm}))
                 advance(1)
-            line = _mean_of_epoch(fabric, logged, epoch, len(batches))
+            line = _mean_of_epoch(fabric, logged, epoch, steps)
             due = (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
-            if due and validate:
+            if due and training.validate:
                 wrapped.eval()
-                scores = validate()
+                scores = training.validate()
                 line |= {f"val_{name}": value for name, value in scores.items()}
-                score = scores[best_score(settings, scores)] if settings.keep == "best" else -math.inf
-                if score > best:
-                    best = score
-                    if fabric.is_global_zero:
-                        save_weights(net, run.path / "best.safetensors")
-                if front and fabric.is_global_zero:
-                    front.offer(run.history(), epoch, scores, net)
+                keeper.offer(epoch, scores, training.net)
             pending.append(line | {"seconds": round(time.monotonic() - started, 2)})
-            if due and fabric.is_global_zero:
-                # The log goes first: lines after the checkpoint's epoch are dropped on resume.
-                for entry in pending:
-                    run.log(entry)
-                _checkpoint(run, module, net, optimizer, epoch + 1, best)
-                if front:
-                    front.settle(run.history())
             if due:
+                if fabric.is_global_zero:
+                    # The log goes first: lines after the checkpoint's epoch are dropped on resume.
+                    run.log(pending)
+                    _checkpoint(training, optimizer, epoch + 1, keeper.best)
+                keeper.settle()
                 pending.clear()
             fabric.barrier()
     return time.monotonic() - started
 
 
-def _clip(module: nn.Module, settings: Schedule) -> Tensor:
-    """Clip the gradients as the settings say; returns their norm before that."""
-    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if settings.agc:
-        from timm.utils.agc import adaptive_clip_grad  # timm takes a second to import
-
-        adaptive_clip_grad(parameters, settings.agc, eps=1e-3)
-    if settings.clip_norm:
-        nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-    return norm
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
-def build_optimizer(module: nn.Module, settings: Schedule) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    match settings.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        case "adam":
-            return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-            )
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}
 
 
-def learning_rate(settings: Schedule, step: int, total: int) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then a half cosine to 0; or, by `schedule: step`, the
-    rate times gamma from each milestone on, a share of all steps."""
-    warm = settings.warmup * total
-    if step < warm:
-        return settings.lr * (step + 1) / (warm + 1)
-    if settings.schedule == "step":
-        passed = sum(step >= round(share * total) for share in settings.milestones)
-        return settings.lr * settings.gamma**passed
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+def _seconds_so_far(run: Run, fabric: Fabric) -> float:
+    history = run.history() if fabric.is_global_zero else []
+    return float(history[-1]["seconds"]) if history else 0.0
 
 
-def kept_weights(run: Run, keep: str = "best") -> Path:
-    """The file that holds the run's result: `best.safetensors` where epochs were selected, else the last."""
-    best = run.path / "best.safetensors"
-    if best.exists():
-        return best
-    selected = keep == "best" and any("val_dead" in line for line in run.history())
-    return best if selected else run.path / "last.safetensors"
-
-
-def best_score(settings: Schedule, scores: Mapping[str, float]) -> str:
-    """The score that `keep: best` goes by. Raises ConfigError where validation does not give it."""
-    wanted = (settings.best_by,) if settings.best_by else DEFAULT_SCORES
-    found = [name for name in wanted if name in scores]
-    if not found:
-        raise ConfigError(
-            f"keep: best needs {' or '.join(wanted)}, but validation gives {_listed(scores)}; "
-            "set best_by to one of these, or keep to last"
-        )
-    return found[0]
-
-
-def _try_scores(
-    settings: Schedule, front: ParetoFront | None, wrapped: nn.Module, validate: Validate | None
-) -> None:
-    """Where scores are asked for by name, validate the untrained model: a wrong name is an error now, not later."""
-    by_name = settings.keep == "best" and settings.best_by is not None
-    if not by_name and front is None:
+def _try_scores(keeper: Keeper, wrapped: nn.Module, validate: Validate | None) -> None:
+    """If scores are asked for by name, validate the untrained model: a wrong name is an error now, not later."""
+    if not keeper.asks_by_name:
         return
     if validate is None:
         raise ConfigError("best_by and pareto need a validation split: set evaluate.select")
     wrapped.eval()
-    scores = validate()
-    if by_name:
-        best_score(settings, scores)
-    missing = [name for name in front.names if name not in scores] if front else []
-    if missing:
-        raise ConfigError(
-            f"pareto asks for {', '.join(missing)}, but validation gives {_listed(scores)}; choose among these"
-        )
-
-
-def _listed(scores: Mapping[str, float]) -> str:
-    return ", ".join(scores) or "none"
+    keeper.check(validate())
 
 
 def _resume(module: nn.Module, state: Mapping[str, Any], run: Run) -> None:
-    """Raises CheckpointError where the checkpoint is not of this module."""
+    """Raises CheckpointError if the checkpoint is not of this module."""
     try:
         module.load_state_dict(state["module"])
     except (KeyError, RuntimeError):
@@ -217,14 +170,12 @@ def _resume(module: nn.Module, state: Mapping[str, Any], run: Run) -> None:
         ) from None
 
 
-def _checkpoint(
-    run: Run, module: nn.Module, net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, best: float
-) -> None:
-    """All of `module` for the resumed run, `net` alone for its users."""
-    save_weights(net, run.path / "last.safetensors")
-    run.save_state(
+def _checkpoint(training: Training, optimizer: torch.optim.Optimizer, epochs: int, best: float) -> None:
+    """All of the module for the resumed run, the network alone for its users."""
+    save_weights(training.net, training.run.path / "last.safetensors")
+    training.run.save_state(
         {
-            "module": module.state_dict(),
+            "module": training.module.state_dict(),
             "optimizer": optimizer.state_dict(),
             "epochs_done": epochs,
             "best": best,
@@ -237,9 +188,8 @@ def _mean_of_epoch(
 ) -> dict[str, float | int]:
     """Means over the epoch's steps and the processes; stops at a loss that is not finite, naming the step."""
     names = list(dict.fromkeys(name for values in logged for name in values))
-    absent = logged[0]["loss"].new_full(
-        (), torch.nan, dtype=torch.float32
-    )  # not of this step: left out of the mean
+    # a term that a step does not have is left out of its mean
+    absent = logged[0]["loss"].new_full((), torch.nan, dtype=torch.float32)
     table = torch.stack(
         [torch.stack([values.get(name, absent).float() for name in names]) for values in logged]
     )
@@ -255,6 +205,5 @@ def _mean_of_epoch(
 
 
 def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    return (
-        (seed + 1) * 1_000_003 + epoch
-    ) * 1_009 + rank  # never a small number: runs' seeds begin the networks
+    """Never a small number: the seeds of runs begin the networks."""
+    return ((seed + 1) * 1_000_003 + epoch) * 1_009 + rank

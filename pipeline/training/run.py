@@ -6,16 +6,13 @@ never mixed with new ones.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import io
 import json
-import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -24,6 +21,7 @@ from lightning_fabric import Fabric
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, E2kdError
 from pipeline.config import Experiment, ExplainConfig, StudentConfig, TeachConfig, TeacherConfig
+from pipeline.sharing import locked
 
 
 class CheckpointError(E2kdError):
@@ -111,10 +109,10 @@ class Run:
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.path / name, data)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+    def log(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Append lines to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write("".join(json.dumps(values) + "\n" for values in lines))
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, one per epoch."""
@@ -172,7 +170,7 @@ class Run:
 def run_settings(experiment: Experiment, student: str) -> dict[str, Any]:
     """What the config says of a student's weights; a run keeps it in its config.yaml."""
     return {
-        "settings": experiment.students[student].model_dump(mode="json"),
+        "settings": experiment.candidates[student].settings.model_dump(mode="json"),
         "explain": experiment.explain.model_dump(mode="json"),
         "select": experiment.evaluate.select,
     }
@@ -188,45 +186,6 @@ def teacher_defaults() -> dict[str, Any]:
     """The same for a taught teacher's run."""
     train = TeachConfig().model_dump(mode="json")
     return {"teacher": {**TeacherConfig(model="", weights="").model_dump(mode="json"), "train": train}}
-
-
-@contextmanager
-def locked(file: Path, fabric: Fabric) -> Iterator[bool]:
-    """Whether this process has the lock, which rank 0 takes for all of its `fabric`; it ends with its process.
-
-    Where the folder's file system knows no locks, everybody has it.
-    """
-    mine, handle = True, None
-    if fabric.is_global_zero:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a")
-        _held.add(handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mine = False
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                raise
-    try:
-        yield bool(fabric.broadcast(mine))
-    finally:
-        if handle is not None:
-            _held.discard(handle)
-            handle.close()
-
-
-_held: set[IO[str]] = set()
-"""Files of this process's locks."""
-
-
-def _close_in_child() -> None:
-    """A lock lasts while any process has its file open, and data-loader workers outlive a killed parent for seconds."""
-    while _held:
-        _held.pop().close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 
 from pipeline.config import Experiment, parse
 from pipeline.distill import run as distill
-from pipeline.order.stages import prepare_stores
-from pipeline.progress import Quiet
+from pipeline.order.prepare import prepare_stores
 from pipeline.training.run import Run
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 TINY: dict[str, Any] = {
     "data": {"source": "toybirds", "limit": 96},
@@ -66,7 +65,7 @@ def fabric() -> Fabric:
 @pytest.fixture(scope="session")
 def prepared_root(tmp_path_factory: pytest.TempPathFactory, fabric: Fabric) -> Path:
     root = tmp_path_factory.mktemp("prepared") / "tiny"
-    prepare_stores(tiny(), Layout(root), fabric, Quiet())
+    prepare_stores(Workspace(tiny(), Layout(root), fabric))
     return root
 
 
@@ -94,7 +93,7 @@ def compare_killed_run(
 
     def compare(experiment: Experiment, layout: Layout, student: str, step: int) -> None:
         def train() -> None:
-            distill.distill(experiment, layout, fabric, student, 1, Quiet())
+            distill.distill(Workspace(experiment, layout, fabric), student, 1)
 
         train()
         whole = layout.run(student, 1).rename(layout.root / "whole")

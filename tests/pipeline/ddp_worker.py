@@ -14,9 +14,9 @@ from conftest import tiny  # noqa: E402
 
 from pipeline.devices import start  # noqa: E402
 from pipeline.distill import run as module  # noqa: E402
-from pipeline.order.stages import prepare_stores  # noqa: E402
-from pipeline.progress import Quiet  # noqa: E402
-from pipeline.workspace import Layout  # noqa: E402
+from pipeline.order.prepare import prepare_stores  # noqa: E402
+from pipeline.training.loop import StepLoss  # noqa: E402
+from pipeline.workspace import Layout, Workspace  # noqa: E402
 
 
 def main(root: Path, student: str) -> None:
@@ -26,18 +26,18 @@ def main(root: Path, student: str) -> None:
     }  # at larger rates a kink (relu, a map that dies) makes 1e-4 of rounding noise, by chance
     experiment = tiny(train__epochs=5, train__validate_every=5, **slow)
     layout, fabric = Layout(root), start()
-    prepare_stores(experiment, layout, fabric, Quiet())
+    prepare_stores(Workspace(experiment, layout, fabric))
 
     losses: list[float] = []
     real = module.StudentStep.__call__
 
-    def recorded(self: module.StudentStep, *args: object) -> dict[str, torch.Tensor]:
+    def recorded(self: module.StudentStep, *args: object) -> StepLoss:
         values = real(self, *args)  # type: ignore[arg-type]
-        losses.append(float(fabric.all_reduce(values["loss"].detach(), reduce_op="mean")))
+        losses.append(float(fabric.all_reduce(values.total.detach(), reduce_op="mean")))
         return values
 
     module.StudentStep.__call__ = recorded  # type: ignore[method-assign]
-    module.distill(experiment, layout, fabric, student, 0, Quiet())
+    module.distill(Workspace(experiment, layout, fabric), student, 0)
     if fabric.is_global_zero:
         (root / "losses.json").write_text(json.dumps(losses))
 

@@ -24,11 +24,12 @@ from lightning_fabric import Fabric  # noqa: E402
 
 from cli.main import run_guarded  # noqa: E402
 from pipeline.config import Experiment  # noqa: E402
-from pipeline.devices import Part, start  # noqa: E402
-from pipeline.order.stages import prepare_stores  # noqa: E402
+from pipeline.devices import start  # noqa: E402
+from pipeline.order.prepare import prepare_stores  # noqa: E402
 from pipeline.precompute import answer as module  # noqa: E402
 from pipeline.progress import Quiet  # noqa: E402
-from pipeline.workspace import Layout  # noqa: E402
+from pipeline.sharing import Part  # noqa: E402
+from pipeline.workspace import Layout, Workspace  # noqa: E402
 
 Asked = Callable[[range], None]
 LONGEST = 120  # seconds; then SIGALRM ends a process that hangs
@@ -49,7 +50,7 @@ def precompute(root: Path, fabric: Fabric, changes: dict[str, Any], part: Part, 
 
     module._ask = told
     experiment: Experiment = tiny(**changes)
-    prepare_stores(experiment, Layout(root), fabric, Lines(), part)
+    prepare_stores(Workspace(experiment, Layout(root), fabric, Lines()), part)
 
 
 def child(order: dict[str, Any], number: int, fabric: Fabric, said: int, log: int) -> None:

@@ -21,13 +21,13 @@ from artifacts.writer import StoreWriter
 from cli.main import app, run_guarded
 from pipeline.config import Experiment
 from pipeline.explain.gradcam import Explained
-from pipeline.precompute.answer import _ask, precompute
+from pipeline.precompute.answer import _ask
 from pipeline.precompute.audit import Audit, audit, random_rows, upper_bound
-from pipeline.progress import Quiet
-from pipeline.training.loop import kept_weights
+from pipeline.precompute.run import precompute
+from pipeline.training.keep import kept_weights
 from pipeline.training.run import Run
 from pipeline.training.trained import build_explainer, load_teacher
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 CPU = torch.device("cpu")
 
@@ -126,10 +126,10 @@ def test_every_row_can_be_drawn() -> None:
 def asked(layout: Layout, experiment: Experiment, share: str = "100%", split: str = "val") -> Audit:
     images = open_images(layout.images(split))
     store = open_store(layout.store(experiment.store_name, split))
-    explainer = build_explainer(experiment.explain, load_teacher(experiment, layout, images))
+    explainer = build_explainer(experiment.explain, load_teacher(Workspace(experiment, layout), images))
     rows = random_rows(len(store), share)
     seen: list[int] = []
-    found = audit(explainer, images, store, rows, batch_size=20, device=CPU, advance=seen.append)
+    found = audit(explainer, images, store, rows, batch_size=20, advance=seen.append)
     assert sum(seen) == len(rows) == found.rows
     return found
 
@@ -140,7 +140,7 @@ def test_a_sound_store_of_any_codec_passes(
 ) -> None:
     logits = {"int8": "uint12", "lossless": "fp32"}.get(maps, "fp16")
     experiment = experiment_of(store__maps=maps, store__logits=logits, store__name=maps)
-    precompute(experiment, prepared, "val", open_images(prepared.images("val")), fabric, Quiet())
+    precompute(Workspace(experiment, prepared, fabric), "val")
     found = asked(prepared, experiment)
     assert (found.rows, found.of, found.deviating, found.agreement) == (96, 96, 0, 1.0)
     assert found.logit_error[0] <= found.logit_error[1] < 1e-3
@@ -161,7 +161,7 @@ def rewrite(
     images = open_images(layout.images("val"))
     where = layout.store(experiment.store_name, "val")
     store = open_store(where)
-    teacher = load_teacher(experiment, layout, images)
+    teacher = load_teacher(Workspace(experiment, layout), images)
     torch.manual_seed(0)
     for weight in teacher.parameters():
         weight.mul_(1 + noise * torch.randn_like(weight))
@@ -262,13 +262,13 @@ def test_dead_maps_on_both_sides_agree_and_no_range_divides_by_nothing(
     store = open_store(prepared.store(experiment.store_name, "val"))
     assert store.manifest.dead_maps == 96
     quiet: Any = Silent()
-    found = audit(quiet, images, store, np.arange(96), batch_size=50, device=CPU, advance=lambda _: None)
+    found = audit(quiet, images, store, np.arange(96), batch_size=50, advance=lambda _: None)
     assert (found.deviating, found.map_cosine, found.logit_error) == (0, (1.0, 1.0), (0.0, 0.0))
 
 
 def test_nan_deviates(prepared: Layout, experiment_of: Callable[..., Experiment]) -> None:
-    class Lost:
-        def __call__(self, images: Tensor, classes: Tensor) -> Explained:
+    class Lost(torch.nn.Module):
+        def forward(self, images: Tensor, classes: Tensor) -> Explained:
             return Explained(
                 torch.zeros(len(images), 2), torch.full((len(images), 1, 12, 12), torch.nan), classes
             )
@@ -276,7 +276,7 @@ def test_nan_deviates(prepared: Layout, experiment_of: Callable[..., Experiment]
     images = open_images(prepared.images("val"))
     store = open_store(prepared.store(experiment_of().store_name, "val"))
     lost: Any = Lost()
-    found = audit(lost, images, store, np.arange(96), batch_size=50, device=CPU, advance=lambda _: None)
+    found = audit(lost, images, store, np.arange(96), batch_size=50, advance=lambda _: None)
     assert found.deviating == 96
 
 

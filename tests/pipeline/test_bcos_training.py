@@ -20,14 +20,14 @@ from artifacts.errors import ConfigError, ModelError
 from pipeline import explain as explainers
 from pipeline.config import Experiment, ModelConfig, StudentConfig
 from pipeline.models import build
-from pipeline.order.stages import distill_all, prepare_stores
-from pipeline.progress import Quiet
+from pipeline.order.prepare import prepare_stores
+from pipeline.order.runs import distill_all
 from pipeline.report import report
 from pipeline.training.labels import label_loss
-from pipeline.training.loop import _clip
 from pipeline.training.run import Run
+from pipeline.training.schedule import clip_gradients
 from pipeline.training.trained import build_explainer, load_teacher
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 BCOS: dict[str, Any] = {
@@ -51,7 +51,7 @@ BCOS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def bcos_root(tmp_path_factory: pytest.TempPathFactory, experiment_of: Tiny, fabric: Fabric) -> Path:
     root = tmp_path_factory.mktemp("bcos") / "bcos"
-    prepare_stores(experiment_of(**BCOS), Layout(root), fabric, Quiet())
+    prepare_stores(Workspace(experiment_of(**BCOS), Layout(root), fabric))
     return root
 
 
@@ -75,14 +75,14 @@ def test_the_whole_pipeline(bcos_root: Path, experiment_of: Tiny, fabric: Fabric
     store, images = open_store(where), open_images(layout.images("train"))
     assert store.manifest.maps.codec == "e2kd.int6"
     rows = np.arange(0, 96, 7)
-    explainer = build_explainer(experiment.explain, load_teacher(experiment, layout, images))
+    explainer = build_explainer(experiment.explain, load_teacher(Workspace(experiment, layout), images))
     live = explainer(torch.from_numpy(images.read_images(rows)).float() / 255)
     stored = torch.from_numpy(store.read(rows).maps[:, 0, 0])
     assert stored.shape == live.maps.shape == (len(rows), 6, 48, 48)
     assert nn.functional.cosine_similarity(stored.flatten(1), live.maps.flatten(1)).min() > 0.98
 
-    distill_all(experiment, layout, fabric, Quiet(), list(experiment.students), [0])
-    for name in experiment.students:
+    distill_all(Workspace(experiment, layout, fabric), list(experiment.candidates), [0])
+    for name in experiment.candidates:
         result = json.loads((layout.run(name, 0) / "result.json").read_text())
         scores = result["splits"]["test-ood"]
         assert ("map_cosine" in scores) == (name != "cnn")  # GradCAM is not compared with W(x)
@@ -90,7 +90,7 @@ def test_the_whole_pipeline(bcos_root: Path, experiment_of: Tiny, fabric: Fabric
     line = Run(layout.run("e2kd", 0)).history()[0]
     assert line["grad_norm"] > 0
     assert line["map_norm"] > 0
-    assert "e2kd-frozen" in report(experiment, layout)
+    assert "e2kd-frozen" in report(Workspace(experiment, layout))
 
 
 def test_explanations_of_two_kinds_cannot_be_matched(experiment_of: Tiny) -> None:
@@ -130,7 +130,7 @@ def test_adaptive_clipping_bounds_each_unit() -> None:
     layer.weight.grad = torch.full((3, 4), 5.0)
     layer.weight.grad[2] = 1e-4
     before = layer.weight.grad.clone()
-    norm = _clip(layer, StudentConfig(model="toy/resnet", agc=0.01))
+    norm = clip_gradients(layer, StudentConfig(model="toy/resnet", agc=0.01))
     assert norm.item() == pytest.approx(before.norm().item())
     norms = layer.weight.grad.norm(dim=1)
     torch.testing.assert_close(norms[:2], 0.01 * layer.weight.detach().norm(dim=1)[:2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from artifacts.errors import ModelError
 from pipeline import explain as explainers
 from pipeline.config import StudentConfig
 from pipeline.data.batches import Targets
-from pipeline.distill.compile import CompiledLosses, StepLosses
+from pipeline.distill.compile import CompiledLosses
+from pipeline.distill.losses import Terms
+from pipeline.distill.step import loss_terms
 from pipeline.models import BCosClassifier, build
 
 CLASSES, PX = 5, 24
@@ -53,11 +56,19 @@ def batch(explainer: nn.Module, size: int = 4, px: int = PX, seed: int = 1) -> t
 def result(losses: Any, explainer: nn.Module, data: Any, explain: bool = True) -> dict[str, Tensor]:
     """Losses, gradients of L = KD + 5 exp, and buffers, of one step."""
     explainer.zero_grad()
-    found = losses(explainer, *data, explain)
-    (found["logit_loss"] + 5 * found.get("explanation_loss", 0.0)).backward()
+    terms = losses(explainer, *data, explain)
+    (terms.logits + 5 * (0.0 if terms.explained is None else terms.explained.loss)).backward()
     gradient = torch.cat([p.grad.flatten() for p in explainer.parameters() if p.grad is not None])
     buffers = {name: buffer.clone() for name, buffer in explainer.named_buffers()}
-    return {name: value.detach() for name, value in found.items()} | {"gradient": gradient} | buffers
+    return scalars(terms) | {"gradient": gradient} | buffers
+
+
+def scalars(terms: Terms) -> dict[str, Tensor]:
+    of_maps = {} if terms.explained is None else terms.explained._asdict()
+    every = terms._replace(explained=None)._asdict() | {
+        f"maps.{name}": value for name, value in of_maps.items()
+    }
+    return {name: value.detach() for name, value in every.items() if value is not None}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], within: float) -> None:
@@ -70,7 +81,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], within: f
 def compiled(
     explainer: nn.Module, fabric: Fabric, said: list[str], backend: Any = "aot_eager", **changes: Any
 ) -> CompiledLosses:
-    losses = StepLosses(settings("bcos/small" if explainer.channels == 6 else "toy/resnet", **changes))
+    losses = partial(
+        loss_terms, settings("bcos/small" if explainer.channels == 6 else "toy/resnet", **changes)
+    )
     return CompiledLosses(losses, explainer, fabric, said.append, backend=backend)
 
 
@@ -95,7 +108,7 @@ def test_labels_beside_the_teacher_compile_too(fabric: Fabric) -> None:
     step = compiled(explainer, fabric, said, label_weight=0.5)
     found, expected = result(step, explainer, data), result(step.eager, twin, data)
     assert step.serves, said
-    assert "label_loss" in found
+    assert "labels" in found
     assert_same(found, expected, within=1e-4)
 
 
@@ -210,7 +223,7 @@ def test_several_processes_run_eagerly() -> None:
 
     said: list[str] = []
     explainer = student("toy/resnet")
-    step = CompiledLosses(StepLosses(settings("toy/resnet")), explainer, Two(), said.append)  # type: ignore[arg-type]
+    step = CompiledLosses(partial(loss_terms, settings("toy/resnet")), explainer, Two(), said.append)  # type: ignore[arg-type]
     result(step, explainer, batch(explainer))
     assert said == ["train.compile: several processes are not compiled; they run eagerly"]
 

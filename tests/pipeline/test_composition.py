@@ -28,7 +28,8 @@ from artifacts.writer import StoreWriter
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import AugmentConfig, ExplainConfig, StudentConfig
 from pipeline.data.batches import Batch, PairedRows, TrainBatches
-from pipeline.distill.run import StudentStep
+from pipeline.distill.online import OnlineTeacher
+from pipeline.distill.step import StudentStep
 from pipeline.explain import Classes, Explained
 
 ROWS, CLASSES, KEPT = 18, 5, 3
@@ -122,12 +123,13 @@ def step_of(
     mode = "frozen" if teacher is None else "online"
     student = StudentConfig(model="toy/resnet", mode=mode, **{"explanation_weight": 2.0, **settings})
     paired = PairedAugment(augment, seed=SEED, keys=images.keys, map_size=map_size)
-    return StudentStep(student, explain or ExplainConfig(), paired, CLASSES, teacher, fabric)
+    online = None if teacher is None else OnlineTeacher(teacher, explain or ExplainConfig(), map_size)
+    return StudentStep(student, CLASSES, paired, fabric, online)
 
 
 def loss_of(step: StudentStep, student: nn.Module, batch: Batch, epoch: int, number: int) -> Tensor:
     """The scalar that is minimised."""
-    return step(student, batch, epoch, number)["loss"]
+    return step(student, batch, epoch, number).total
 
 
 # Data and networks whose right answers are visible.
@@ -277,9 +279,10 @@ def _shown(step: StudentStep, student: Student, batch: Batch, epoch: int, loss: 
     if student.asked[-1].explain:
         maps = teachers_maps(student.maps, loss, step.settings.explanation_weight)
     asked, answer = None, None
-    if isinstance(step.teacher, Teacher):
-        asked, answer = step.teacher.asked[-1], step.teacher.answered[-1]
-        assert len(step.teacher.asked) == len(student.asked)
+    teacher = step.teacher and step.teacher.explainer
+    if isinstance(teacher, Teacher):
+        asked, answer = teacher.asked[-1], teacher.answered[-1]
+        assert len(teacher.asked) == len(student.asked)
     return Shown(epoch, batch.rows, student.asked[-1], asked, answer, float(loss.detach()), maps)
 
 

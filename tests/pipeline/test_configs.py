@@ -19,10 +19,9 @@ from PIL import Image
 from pipeline.config import Experiment, load
 from pipeline.data.sources.voc import CLASSES as VOC
 from pipeline.models import build, save_weights
-from pipeline.order.stages import distill_all
-from pipeline.progress import Quiet
+from pipeline.order.runs import distill_all
 from pipeline.report import paper
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
@@ -205,7 +204,7 @@ def run(
     overrides += ["teacher.train.init=null"] if plain.teacher.train and plain.teacher.train.init else []
     experiment = load(ROOT / config, overrides)
     layout = Layout(root / "out")
-    distill_all(experiment, layout, fabric, Quiet(), list(experiment.students), [0])
-    for name in experiment.students:
+    distill_all(Workspace(experiment, layout, fabric), list(experiment.candidates), [0])
+    for name in experiment.candidates:
         result = json.loads((layout.run(name, 0) / "result.json").read_text())
         assert set(result["splits"]) >= set(experiment.evaluate.splits)

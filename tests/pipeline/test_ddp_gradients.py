@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipeline import explain as explainers
 from pipeline.augment.counter import Ids
-from pipeline.config import ExplainConfig, StudentConfig
+from pipeline.config import StudentConfig
 from pipeline.data.batches import Answers, Batch
 from pipeline.devices import start
 from pipeline.distill.run import StudentStep
@@ -99,13 +99,16 @@ def train(fabric: Fabric, case: Case, rows: slice) -> dict[str, Tensor]:
     batches = [part(batch(case, explainer, step), rows) for step in range(case.steps)]
     traffic = _count_all_reduces(explainer)
     wrapped, optimizer = fabric.setup(explainer, torch.optim.SGD(explainer.parameters(), lr=0.01))
-    loss_of: Any = StudentStep(settings(case), ExplainConfig(), _AsTheyAre(), CLASSES, None, fabric)  # type: ignore[arg-type]
+    loss_of: Any = StudentStep(settings(case), CLASSES, _AsTheyAre(), fabric)  # type: ignore[arg-type]
     found = {}
     for step, data in enumerate(batches):
         values = loss_of(wrapped, data, epoch=0)
         optimizer.zero_grad()
-        fabric.backward(values["loss"])
-        found |= {f"{step}.value.{name}": value.detach() for name, value in values.items()}
+        fabric.backward(values.total)
+        found |= {
+            f"{step}.value.{name}": value.detach()
+            for name, value in {"loss": values.total, **values.terms}.items()
+        }
         found |= {f"{step}.grad.{name}": p.grad.clone() for name, p in explainer.named_parameters()}
         optimizer.step()
     found |= {f"buffer.{name}": buffer for name, buffer in explainer.named_buffers()}

@@ -16,10 +16,9 @@ from pipeline.augment.warp import resample
 from pipeline.config import Experiment
 from pipeline.distill import losses
 from pipeline.distill.run import distill
-from pipeline.progress import Quiet
 from pipeline.training.loop import Diverged
 from pipeline.training.run import Run
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 CompareKilledRun = Callable[[Experiment, Layout, str, int], None]
@@ -28,7 +27,7 @@ CompareKilledRun = Callable[[Experiment, Layout, str, int], None]
 def _train(
     experiment: Experiment, layout: Layout, fabric: Fabric, student: str, seed: int = 0
 ) -> dict[str, object]:
-    return distill(experiment, layout, fabric, student, seed, Quiet())
+    return distill(Workspace(experiment, layout, fabric), student, seed)
 
 
 @pytest.mark.parametrize("student", ["ce", "kd", "e2kd", "kd-frozen", "e2kd-frozen"])

@@ -30,6 +30,7 @@ from pipeline.data.batches import Answers, Batch, PairedRows
 from pipeline.devices import start
 from pipeline.evaluate import metrics
 from pipeline.evaluate.scores import (
+    Scores,
     measure,
     read_samples,
     samples_file,
@@ -94,7 +95,15 @@ def batch(logits: Tensor, labels: Tensor, **more: Any) -> tuple[Batch, Callable[
 
 
 def scored(whole: Batch, answer: Any, batch_size: int = 3, **split: Any) -> Any:
-    return score(OneProcess(), answer, Split(whole, **split), batch_size)  # type: ignore[arg-type]
+    return Both(score(OneProcess(), answer, Split(whole, **split), batch_size))  # type: ignore[arg-type]
+
+
+class Both(dict[str, float]):
+    """The means of scores by name, with their samples."""
+
+    def __init__(self, scores: Scores) -> None:
+        super().__init__(scores.means)
+        self.samples = scores.samples
 
 
 LOGITS = torch.tensor(
@@ -318,7 +327,7 @@ def scored_by(fabric: Any) -> dict[str, Tensor]:
     """Every mean and every sample of `splits`."""
     found: dict[str, Tensor] = {}
     for name, (whole, answer, several) in splits().items():
-        scores = score(fabric, answer, Split(whole, multilabel=several), 2)  # type: ignore[arg-type]
+        scores = Both(score(fabric, answer, Split(whole, multilabel=several), 2))  # type: ignore[arg-type]
         found |= {f"{name}.mean.{metric}": torch.tensor(value) for metric, value in scores.items()}
         found |= {f"{name}.samples.{metric}": values for metric, values in scores.samples.items()}
     return found
@@ -395,7 +404,7 @@ def test_unlabelled_images_without_a_store(tmp_path: Path, fabric: Fabric) -> No
     packed(layout)
     rows = PairedRows(open_images(layout.images("val")), masks="any")
     _, answer = batch(LOGITS[:3], LABELS[:3])
-    found = score(fabric, answer, rows, 2)
+    found = Both(score(fabric, answer, rows, 2))
     assert set(found) == {"dead"}
 
 

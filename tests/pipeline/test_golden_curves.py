@@ -29,12 +29,11 @@ from pipeline.config import Experiment, ModelConfig, parse
 from pipeline.data.pack import pack
 from pipeline.distill.run import distill
 from pipeline.models import build, save_weights
-from pipeline.order.stages import prepare_stores
-from pipeline.precompute.answer import precompute
-from pipeline.progress import Quiet
+from pipeline.order.prepare import prepare_stores
+from pipeline.precompute.run import precompute
 from pipeline.teach.run import teach
 from pipeline.training.run import Run
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 FILE = Path(__file__).parents[1] / "golden" / "curves.json"
 STEPS = 20
@@ -105,13 +104,13 @@ def prepared(kind: str, root: Path, fabric: Fabric) -> tuple[Experiment, Layout]
     raw, layout = copy.deepcopy(CONFIGS[kind]), Layout(root)
     raw["teacher"]["weights"] = str(root / "teacher.safetensors")
     experiment = parse(raw)
-    pack_squares(layout) if kind == "multilabel" else pack(experiment, layout, Quiet())
+    pack_squares(layout) if kind == "multilabel" else pack(Workspace(experiment, layout))
     images = open_images(layout.images("train"))
     save_teacher(experiment.teacher, images, root / "teacher.safetensors")
     if kind == "multilabel":
-        precompute(experiment, layout, "train", images, fabric, Quiet())
+        precompute(Workspace(experiment, layout, fabric), "train")
     else:
-        prepare_stores(experiment, layout, fabric, Quiet())
+        prepare_stores(Workspace(experiment, layout, fabric))
     return experiment, layout
 
 
@@ -162,7 +161,7 @@ def curve(run: Path) -> dict[str, list[float]]:
 
 
 def measured(student: str, experiment: Experiment, layout: Layout, fabric: Fabric) -> dict[str, Any]:
-    result = distill(experiment, layout, fabric, student, 0, Quiet())
+    result = distill(Workspace(experiment, layout, fabric), student, 0)
     (scores,) = result["splits"].values()
     kept = {name: round(value, 4) for name, value in scores.items() if not name.startswith("group_")}
     return {"curve": curve(layout.run(student, 0)), "scores": kept}
@@ -172,8 +171,8 @@ def taught(kind: str, root: Path, fabric: Fabric) -> dict[str, Any]:
     model = {name: value for name, value in CONFIGS[kind]["teacher"].items() if name != "weights"}
     train = {"lr": 0.001, **SCHEDULE, **TAUGHT[kind]}
     experiment, layout = parse(CONFIGS[kind] | {"teacher": {**model, "train": train}}), Layout(root)
-    pack(experiment, layout, Quiet())
-    teach(experiment, layout, fabric, Quiet())
+    pack(Workspace(experiment, layout))
+    teach(Workspace(experiment, layout, fabric))
     return {"curve": curve(layout.teacher)}
 
 

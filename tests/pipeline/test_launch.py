@@ -13,11 +13,11 @@ from lightning_fabric import Fabric
 from artifacts.errors import ConfigError, ImageSetError
 from pipeline.config import Experiment
 from pipeline.data.pack import pack
-from pipeline.devices import Part, start
-from pipeline.order.stages import prepare_stores
+from pipeline.devices import start
+from pipeline.order.prepare import prepare_stores
 from pipeline.precompute import answer as module
-from pipeline.progress import Quiet
-from pipeline.workspace import Layout
+from pipeline.sharing import WHOLE, Part
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 SLURM = ("ARRAY_TASK_COUNT", "ARRAY_TASK_MIN", "ARRAY_TASK_MAX", "ARRAY_TASK_STEP", "ARRAY_TASK_ID")
@@ -39,14 +39,14 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_alone_everything_is_ours(slurm: Callable[..., None]) -> None:
     slurm()
-    assert Part.of(None, None) == Part() == module.WHOLE
+    assert Part.of(None, None) == Part() == WHOLE
     assert all(map(Part().owns, range(100)))
 
 
 def test_flags_go_before_slurm(slurm: Callable[..., None]) -> None:
     slurm(ARRAY_TASK_COUNT=9, ARRAY_TASK_MIN=0, ARRAY_TASK_ID=7, PROCID=1, NTASKS=2)
     assert Part.of(2, 5) == Part(2, 5)
-    assert Part.of(0, 1) == module.WHOLE
+    assert Part.of(0, 1) == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_every_shard_has_one_owner(world: int) -> None:
 
 def test_a_part_needs_packed_images(tmp_path: Path, experiment_of: Tiny, fabric: Fabric) -> None:
     with pytest.raises(ImageSetError, match="e2kd pack"):
-        prepare_stores(experiment_of(), Layout(tmp_path / "new"), fabric, Quiet(), Part(0, 2))
+        prepare_stores(Workspace(experiment_of(), Layout(tmp_path / "new"), fabric), Part(0, 2))
     assert not (tmp_path / "new" / "images").exists()
 
 
 def test_a_part_needs_a_teacher(tmp_path: Path, experiment_of: Tiny, fabric: Fabric) -> None:
     layout = Layout(tmp_path / "new")
-    pack(experiment_of(), layout, Quiet())
+    pack(Workspace(experiment_of(), layout))
     with pytest.raises(Exception, match="e2kd teach") as caught:
-        prepare_stores(experiment_of(), layout, fabric, Quiet(), Part(1, 2))
+        prepare_stores(Workspace(experiment_of(), layout, fabric), Part(1, 2))
     assert type(caught.value).__module__ == "artifacts.errors"
     assert not layout.teacher.exists()
     assert not (tmp_path / "new" / "stores").exists()
@@ -163,9 +163,9 @@ def test_more_parts_than_shards(prepared: Layout, experiment_of: Tiny, fabric: F
     """Those without a shard do nothing; nobody waits for them."""
     shutil.rmtree(prepared.stores("gradcam-centred"))
     for rank in (6, 0, 1, 2):
-        complete = prepare_stores(experiment_of(), prepared, fabric, Quiet(), Part(rank, 7))
+        complete = prepare_stores(Workspace(experiment_of(), prepared, fabric), Part(rank, 7))
         assert complete == (rank == 2)
-    assert prepare_stores(experiment_of(), prepared, fabric, Quiet(), Part(5, 7))
+    assert prepare_stores(Workspace(experiment_of(), prepared, fabric), Part(5, 7))
 
 
 def test_pixels_are_read_two_batches_ahead(
@@ -187,9 +187,9 @@ def test_pixels_are_read_two_batches_ahead(
 
     monkeypatch.setattr(module.ImageSet, "read_images", read_images)
     monkeypatch.setattr(module, "_ask", ask)
-    monkeypatch.setattr(module, "_write_teacher_scores", lambda *args: None)
-    monkeypatch.setattr("pipeline.order.stages.measure", lambda *args: None)
+    monkeypatch.setattr("pipeline.precompute.run.score_teacher", lambda *args: None)
+    monkeypatch.setattr("pipeline.order.prepare.measure", lambda *args: None)
     experiment = experiment_of(store__batch_size=8, evaluate={"select": None, "splits": ["train"]})
-    prepare_stores(experiment, prepared, fabric, Quiet())
+    prepare_stores(Workspace(experiment, prepared, fabric))
     assert asked[0] == 96
     assert max(ahead) <= 2 * 8

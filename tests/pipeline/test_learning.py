@@ -12,10 +12,9 @@ from lightning_fabric import Fabric
 
 from pipeline.config import Experiment
 from pipeline.distill.run import distill
-from pipeline.order.stages import prepare_stores
-from pipeline.progress import Quiet
+from pipeline.order.prepare import prepare_stores
 from pipeline.training.run import Run
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 
@@ -111,10 +110,10 @@ def students(
 ) -> Students:
     """All students of one experiment, trained with seed 0."""
     experiment, layout = experiment_of(**request.param), Layout(tmp_path_factory.mktemp("learning") / "x")
-    prepare_stores(experiment, layout, fabric, Quiet())
+    prepare_stores(Workspace(experiment, layout, fabric))
 
     def trained(name: str) -> Learnt:
-        result = distill(experiment, layout, fabric, name, 0, Quiet())
+        result = distill(Workspace(experiment, layout, fabric), name, 0)
         return Learnt(Run(layout.run(name, 0)).history(), result["splits"]["test-ood"])
 
     return {name: trained(name) for name in experiment.students}

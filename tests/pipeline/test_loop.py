@@ -26,7 +26,8 @@ from artifacts.packing import write_images
 from pipeline.config import Schedule
 from pipeline.data.batches import Batch, PairedRows, TrainBatches
 from pipeline.progress import Quiet
-from pipeline.training.loop import Diverged, fit, kept_weights
+from pipeline.training.keep import kept_weights
+from pipeline.training.loop import Diverged, StepLoss, Training, fit
 from pipeline.training.run import Run
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -125,7 +126,7 @@ def train(fabric: Fabric, data: PairedRows, tmp_path: Path) -> Callable[..., Tra
         trace = trace or Trace()
         module, following = trace.module.eval(), iter(scores or ())
 
-        def loss(wrapped: nn.Module, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+        def loss(wrapped: nn.Module, batch: Batch, epoch: int, step: int) -> StepLoss:
             if step == dies_at:
                 raise _Killed
             pixels = (batch.images.double() / 255).mean(0).flatten()
@@ -138,7 +139,7 @@ def train(fabric: Fabric, data: PairedRows, tmp_path: Path) -> Callable[..., Tra
             found = zip(wrapped(*(target.float() for target in targets.values())), targets, strict=True)
             parts = [(torch.tensor(CURVATURE[name]).float() * away**2).sum() / 2 for away, name in found]
             total = torch.stack(parts).sum() * (math.inf if step in infinite else 1)
-            return {"loss": total} | ({"even": torch.tensor(float(step))} if step % 2 == 0 else {})
+            return StepLoss(total, {"even": torch.tensor(float(step))} if step % 2 == 0 else {})
 
         def validate() -> dict[str, float]:
             trace.validations.append((len(trace.before), module.training))
@@ -148,19 +149,18 @@ def train(fabric: Fabric, data: PairedRows, tmp_path: Path) -> Callable[..., Tra
         path = tmp_path / folder
         path.mkdir(exist_ok=True)
         batches = TrainBatches(data, BATCH, seed)
-        fit(
-            fabric,
-            module,
-            module.net,
-            Schedule(**settings),
-            seed,
-            batches,
-            loss,
-            Run(path),
-            validate=None if scores is None else validate,
-            progress=Quiet(),
+        training = Training(
+            module=module,
+            net=module.net,
+            settings=Schedule(**settings),
+            seed=seed,
+            batches=batches,
+            loss=loss,
+            run=Run(path),
             label="x",
+            validate=None if scores is None else validate,
         )
+        fit(training, fabric, Quiet())
         return trace
 
     return trained

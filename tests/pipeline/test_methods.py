@@ -31,9 +31,8 @@ from pipeline.distill.prior.losses import (
 from pipeline.distill.run import distill
 from pipeline.models import Classifier
 from pipeline.models import build as build_model
-from pipeline.progress import Quiet
 from pipeline.training.run import Run
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 ROWS = torch.arange(4)
@@ -329,7 +328,7 @@ STUDENTS = {
 def test_students_train_with_a_prior_method(
     name: str, prepared: Layout, fabric: Fabric, experiment_of: Tiny
 ) -> None:
-    distill(experiment_of(students=STUDENTS), prepared, fabric, name, 0, Quiet())
+    distill(Workspace(experiment_of(students=STUDENTS), prepared, fabric), name, 0)
     history = Run(prepared.run(name, 0)).history()
     assert all(math.isfinite(line["prior_loss"]) for line in history)
     assert ("explanation_loss" in history[0]) == (name == "crd")

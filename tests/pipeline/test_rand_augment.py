@@ -16,8 +16,7 @@ from pipeline.augment.counter import RAND_AUGMENT_COLUMN, bits, key_ids
 from pipeline.augment.rand_augment import rand_augment
 from pipeline.config import Experiment
 from pipeline.distill.run import distill
-from pipeline.progress import Quiet
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 IDS = key_ids([f"key-{number}" for number in range(12)])
 Tiny = Callable[..., Experiment]
@@ -67,7 +66,7 @@ def test_epochs_and_seeds_differ_and_values_stay_in_range(images: Tensor) -> Non
 def test_an_online_student_trains_with_it(prepared: Layout, fabric: Fabric, experiment_of: Tiny) -> None:
     student: dict[str, Any] = {"mode": "online", "rand_augment": 10, "explanation_weight": 5}
     experiment = experiment_of(students={"e2kd": student, "plain": {**student, "rand_augment": None}})
-    results = [distill(experiment, prepared, fabric, name, 0, Quiet()) for name in ("e2kd", "plain")]
+    results = [distill(Workspace(experiment, prepared, fabric), name, 0) for name in ("e2kd", "plain")]
     assert results[0]["splits"] != results[1]["splits"]
 
 

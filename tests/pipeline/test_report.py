@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from artifacts.errors import ConfigError
 from pipeline.config import Experiment
 from pipeline.distill.run import distill
-from pipeline.progress import Quiet
 from pipeline.report import report
 from pipeline.report.about import settings_table
 from pipeline.report.document import Table
@@ -28,7 +27,7 @@ from pipeline.report.markdown import markdown_table
 from pipeline.report.results import Candidate, Results
 from pipeline.report.tables import candidate_table, group_tables, score_table
 from pipeline.training.run import Run
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 SPLIT = "test-ood"
@@ -60,7 +59,7 @@ def test_a_cell_is_mean_deviation_and_difference_to_the_student_without_lambda(
     for seed, (kd, e2kd) in enumerate([(0.5, 0.75), (0.5, 0.625)]):
         finish(layout, "kd", seed, {"accuracy": kd})
         finish(layout, "e2kd", seed, {"accuracy": e2kd, "dead": 0.0})
-    table = score_table(Results(experiment, layout), SPLIT, "x")
+    table = score_table(Results(Workspace(experiment, layout)), SPLIT, "x")
     assert cell(table, "kd", "accuracy %") == ("50.0 ± 0.0", "")
     assert cell(table, "e2kd", "accuracy %") == ("68.8 ± 8.8", "+18.8")
     assert cell(table, "kd", "dead maps %") == ("", "")
@@ -73,7 +72,7 @@ def test_an_interval_where_the_rows_are_known_and_one_seed_has_no_deviation(
     for name, share in (("kd-frozen", 0.0), ("e2kd-frozen", 1.0)):
         path = finish(layout, name, 0, {"accuracy": share})
         save_file({"accuracy": np.full(20, share, np.float32)}, path / f"scores-{SPLIT}.safetensors")
-    results = Results(experiment_of(), layout)
+    results = Results(Workspace(experiment_of(), layout))
     table = score_table(results, SPLIT, "x")
     assert cell(table, "e2kd-frozen", "accuracy %") == ("100.0", "+100.0 [+100.0, +100.0]")
     assert results.missing() == ["ce seed 0", "kd seed 0", "e2kd seed 0"]
@@ -84,13 +83,16 @@ def test_only_seeds_that_both_have_are_compared(layout: Layout, experiment_of: T
     finish(layout, "kd", 1, {"accuracy": 0.5})
     finish(layout, "e2kd", 0, {"accuracy": 1.0})
     finish(layout, "e2kd", 1, {"accuracy": 0.75})
-    assert cell(score_table(Results(experiment, layout), SPLIT, "x"), "e2kd", "accuracy %")[1] == "+25.0"
+    assert (
+        cell(score_table(Results(Workspace(experiment, layout)), SPLIT, "x"), "e2kd", "accuracy %")[1]
+        == "+25.0"
+    )
 
 
 def test_undefined_scores_and_groups(layout: Layout, experiment_of: Tiny) -> None:
     scores = {"accuracy": 0.5, "epg": None, "worst_group_accuracy": 0.25}
     finish(layout, "kd", 0, {**scores, "group_10_accuracy": 0.25, "group_2_accuracy": float("nan")})
-    results = Results(experiment_of(), layout)
+    results = Results(Workspace(experiment_of(), layout))
     table = score_table(results, SPLIT, "x")
     assert table.head == ["method", "accuracy %", "worst-group accuracy %", "EPG %"]
     assert cell(table, "kd", "EPG %") == ("undefined", "")
@@ -102,7 +104,7 @@ def test_undefined_scores_and_groups(layout: Layout, experiment_of: Tiny) -> Non
 def test_the_papers_numbers_stand_beside_ours(layout: Layout, experiment_of: Tiny) -> None:
     for name in ("kd", "e2kd", "kd-frozen"):
         finish(layout, name, 0, {"accuracy": 0.5, "agreement": 0.5})
-    report(experiment_of(paper="table4/mobilenet"), layout)
+    report(Workspace(experiment_of(paper="table4/mobilenet"), layout))
     page = (layout.report / "report.md").read_text()
     assert "Table 4, MobileNet" in page
     assert "schedule, seeds and hyper-parameters may differ" in page
@@ -115,14 +117,14 @@ def test_the_papers_numbers_stand_beside_ours(layout: Layout, experiment_of: Tin
         "68.2",
     ]
     with pytest.raises(ConfigError, match="did you mean table4/mobilenet"):
-        report(experiment_of(paper="table4/mobilnet"), layout)
+        report(Workspace(experiment_of(paper="table4/mobilnet"), layout))
 
 
 def test_settings_that_differ_are_shown(layout: Layout, experiment_of: Tiny) -> None:
     for name in ("ce", "e2kd"):
         finish(layout, name, 0, {"accuracy": 0.5})
     table = settings_table(
-        Results(experiment_of(students__ce={"loss": "ce", "augment": {"hflip": 0}}), layout)
+        Results(Workspace(experiment_of(students__ce={"loss": "ce", "augment": {"hflip": 0}}), layout))
     )
     assert table.head == ["method", "loss", "mode", "T", "lambda", "epochs", "augment.hflip"]
     assert [found.text for found in table.rows[1]] == ["e2kd", "kd", "online", "1", "5", "3", "0.5"]
@@ -132,10 +134,10 @@ def test_a_report_without_stores_images_and_histories_is_a_report(
     layout: Layout, experiment_of: Tiny
 ) -> None:
     with pytest.raises(ConfigError, match="no finished run"):
-        report(experiment_of(), layout)
+        report(Workspace(experiment_of(), layout))
     shift = {"split": SPLIT, "shifts": [0, 4], "cosine": [1.0, 0.25]}
     finish(layout, "kd", 0, {"accuracy": 0.5}, shift=shift)
-    text = report(experiment_of(), layout)
+    text = report(Workspace(experiment_of(), layout))
     page = (layout.report / "report.md").read_text()
     assert f"No maps of {SPLIT} are shown" in page
     assert "not finished: ce seed 0, e2kd seed 0" in page
@@ -152,7 +154,7 @@ def test_what_scores_of_several_labels_mean_is_said(metric: str, layout: Layout,
     run = Run(finish(layout, "kd", 0, {metric: 0.5, "iou": 0.25}))
     for epoch in range(2):
         run.log({"epoch": epoch, "loss": 1.0, "val_iou": 0.1 * epoch})
-    report(experiment_of(), layout)
+    report(Workspace(experiment_of(), layout))
     page = (layout.report / "report.md").read_text()
     assert ("Images have several labels" in page) == (metric == "f1")
     assert "![validation IoU by epoch for kd](curve-val-iou.png)" in page
@@ -163,7 +165,7 @@ def test_a_terminals_table_is_aligned_and_in_ascii(layout: Layout, experiment_of
     for seed in (0, 1):
         finish(layout, "kd", seed, {"accuracy": 0.1 * seed, "map_cosine": 0.5})
         finish(layout, "e2kd", seed, {"accuracy": 1.0, "map_cosine": 0.5})
-    text = report(experiment, layout)
+    text = report(Workspace(experiment, layout))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert text.isascii()
     assert len({len(line) for line in lines}) == 1
@@ -182,8 +184,8 @@ def test_the_report_of_real_runs_has_pictures_costs_and_is_not_drawn_twice(
 ) -> None:
     experiment = experiment_of(train__epochs=2)
     for name in ("kd-frozen", "e2kd-frozen"):
-        distill(experiment, prepared, fabric, name, 0, Quiet())
-    report(experiment, prepared)
+        distill(Workspace(experiment, prepared, fabric), name, 0)
+    report(Workspace(experiment, prepared))
     page, html = (prepared.report / "report.md").read_text(), prepared.report / "report.html"
     for picture in ("curve-loss.png", f"maps-{SPLIT}.png"):
         assert f"]({picture})" in page
@@ -193,13 +195,13 @@ def test_the_report_of_real_runs_has_pictures_costs_and_is_not_drawn_twice(
     assert re.search(r"\| e2kd-frozen +\| \d+\.\d \([+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]\)", page)
     assert "asked it 256 times" in page  # 2 runs x 64 rows x 2 epochs
     stamp = html.stat().st_mtime_ns
-    report(experiment, prepared)
+    report(Workspace(experiment, prepared))
     assert html.stat().st_mtime_ns == stamp
     run = prepared.run("kd-frozen", 0) / "result.json"
     changed = json.loads(run.read_text())
     changed["splits"][SPLIT]["accuracy"] = 0.123
     run.write_text(json.dumps(changed))
-    assert "12.3" in report(experiment, prepared)
+    assert "12.3" in report(Workspace(experiment, prepared))
     assert "12.3" in html.read_text()
 
 
@@ -244,9 +246,9 @@ def test_a_swept_method_is_compared_with_its_own_best_baseline(layout: Layout, e
     students = {"kd": {}, "e2kd": {"explanation_weight": 5, "temperature": 2}}
     for name in students:
         finish(layout, name, 0, {"accuracy": 0.5})
-    plain = Results(experiment_of(students=students), layout)
+    plain = Results(Workspace(experiment_of(students=students), layout))
     assert plain.baseline(plain.methods[1]) is None  # another temperature, and nobody swept it
-    swept = Results(experiment_of(students=students), layout)
+    swept = Results(Workspace(experiment_of(students=students), layout))
     swept.methods = [replace(method, swept=frozenset({"temperature"})) for method in swept.methods]
     found = swept.baseline(swept.methods[1])
     assert found is not None
@@ -255,7 +257,7 @@ def test_a_swept_method_is_compared_with_its_own_best_baseline(layout: Layout, e
 
 def test_the_candidates_of_a_sweep_and_the_chosen_one_are_listed(layout: Layout, experiment_of: Tiny) -> None:
     finish(layout, "e2kd", 0, {"accuracy": 0.5})
-    results = Results(experiment_of(), layout)
+    results = Results(Workspace(experiment_of(), layout))
     names = ("e2kd,temperature=1", "e2kd,temperature=5")
     (method,) = results.methods
     swept = replace(

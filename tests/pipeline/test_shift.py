@@ -19,9 +19,8 @@ from artifacts.packing import write_images
 from pipeline.config import EvaluateConfig, Experiment
 from pipeline.evaluate.shift import shift_curve
 from pipeline.explain import Explained
-from pipeline.order.stages import distill_all
-from pipeline.progress import Quiet
-from pipeline.workspace import SHIFT_CURVE, Layout
+from pipeline.order.runs import distill_all
+from pipeline.workspace import SHIFT_CURVE, Layout, Workspace
 
 SHIFTS = tuple(range(17))
 
@@ -98,7 +97,7 @@ def test_it_stands_in_the_results_and_beside_the_stores(
     prepared: Layout, experiment_of: Callable[..., Experiment], fabric: Fabric
 ) -> None:
     experiment = experiment_of(evaluate__shifts=[0, 2], evaluate__shift_images=8, train__epochs=1)
-    distill_all(experiment, prepared, fabric, Quiet(), ["kd-frozen"], [0])
+    distill_all(Workspace(experiment, prepared, fabric), ["kd-frozen"], [0])
     result = json.loads((prepared.run("kd-frozen", 0) / "result.json").read_text())
     teacher = json.loads(prepared.stores("gradcam-centred").read(SHIFT_CURVE))
     for found in (result["shift"], teacher):

@@ -12,18 +12,19 @@ from lightning_fabric import Fabric
 from artifacts.errors import ConfigError, DataError, E2kdError
 from pipeline.config import Experiment, dump
 from pipeline.distill.run import distill
-from pipeline.order.stages import distill_all, evaluate_all, prepare_stores
+from pipeline.order.prepare import prepare_stores
+from pipeline.order.runs import distill_all, evaluate_all
 from pipeline.progress import Quiet
 from pipeline.report import report
 from pipeline.training.loop import Diverged
 from pipeline.training.run import CheckpointError, Run
-from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout
+from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 
 
 def _trained(experiment: Experiment, layout: Layout, fabric: Fabric) -> Run:
-    distill_all(experiment, layout, fabric, Quiet(), ["kd"], [0])
+    distill_all(Workspace(experiment, layout, fabric), ["kd"], [0])
     return Run(layout.run("kd", 0))
 
 
@@ -36,17 +37,17 @@ def test_other_settings_are_refused_before_anything_is_written_and_told_by_the_r
     assert before == dump(experiment)
     other = experiment_of(train__epochs=1, train__rows=32, train__lr=0.25, students={"kd": {}})
     with pytest.raises(ConfigError, match=r"settings\.lr: run .*, config 0\.25"):
-        distill_all(other, prepared, fabric, Quiet(), ["kd"], [0])
+        distill_all(Workspace(other, prepared, fabric), ["kd"], [0])
     with pytest.raises(ConfigError, match=r"settings\.lr: run .*, config 0\.25"):
-        evaluate_all(other, prepared, fabric, Quiet())
+        evaluate_all(Workspace(other, prepared, fabric))
     assert prepared.config.read_text() == before  # `e2kd report out/NAME` reads it
-    assert "other settings" not in report(experiment, prepared)
+    assert "other settings" not in report(Workspace(experiment, prepared))
     assert "made with other settings than this config's: kd seed 0 (settings.lr: run" in report(
-        other, prepared
+        Workspace(other, prepared)
     )
     text = (prepared.report / "report.md").read_text()
     assert "made with other settings than this config's: kd seed 0 (settings.lr: run" in text
-    evaluate_all(experiment, prepared, fabric, Quiet())
+    evaluate_all(Workspace(experiment, prepared, fabric))
     assert run.done
 
 
@@ -61,7 +62,7 @@ def test_a_setting_newer_than_the_run_is_its_default(
     _trained(experiment, prepared, fabric)
     other = experiment_of(train__epochs=1, train__rows=32, students={"kd": {"label_weight": 1}})
     with pytest.raises(ConfigError, match=r"settings\.label_weight: run 0\.0, config 1\.0"):
-        distill(other, prepared, fabric, "kd", 0, Quiet())
+        distill(Workspace(other, prepared, fabric), "kd", 0)
 
 
 def test_a_split_without_scores_is_told(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
@@ -71,7 +72,7 @@ def test_a_split_without_scores_is_told(prepared: Layout, experiment_of: Tiny, f
     lost = experiment.evaluate.splits[0]
     del result["splits"][lost]
     run.finish(result)
-    assert f"not scored, run `e2kd evaluate`: kd seed 0 on {lost}" in report(experiment, prepared)
+    assert f"not scored, run `e2kd evaluate`: kd seed 0 on {lost}" in report(Workspace(experiment, prepared))
 
 
 def test_a_lost_result_is_made_again_and_a_damaged_one_is_named(
@@ -82,10 +83,10 @@ def test_a_lost_result_is_made_again_and_a_damaged_one_is_named(
     weights, scores = (run.path / "last.safetensors").read_bytes(), run.result()["splits"]
     (run.path / "result.json").write_text('{"student": "k')
     with pytest.raises(CheckpointError, match=r"result\.json is damaged; delete it.*rm "):
-        report(experiment, prepared)
+        report(Workspace(experiment, prepared))
     (run.path / "result.json").unlink()
     with pytest.raises(ConfigError, match="no finished run"):
-        report(experiment, prepared)
+        report(Workspace(experiment, prepared))
     assert _trained(experiment, prepared, fabric).result()["splits"] == scores
     assert (run.path / "last.safetensors").read_bytes() == weights
 
@@ -95,7 +96,7 @@ def test_lost_weights_are_named_with_the_mend(prepared: Layout, experiment_of: T
     run = _trained(experiment, prepared, fabric)
     (run.path / "last.safetensors").unlink()
     with pytest.raises(E2kdError, match=r"last\.safetensors is gone; delete the run .*rm -r "):
-        evaluate_all(experiment, prepared, fabric, Quiet())
+        evaluate_all(Workspace(experiment, prepared, fabric))
 
 
 def test_runs_scored_beside_another_store_are_told_and_scored_again(
@@ -107,27 +108,27 @@ def test_runs_scored_beside_another_store_are_told_and_scored_again(
     truth = result["splits"]["test-ood"]["accuracy"]
     result["splits"]["test-ood"]["accuracy"], result["stores"]["test-ood"] = 0.123, "of before"
     run.finish(result)
-    told = report(experiment, prepared)
+    told = report(Workspace(experiment, prepared))
     assert (
         "scored on other images or maps than there are now, run `e2kd evaluate`: kd seed 0 on test-ood"
         in told
     )
     _trained(experiment, prepared, fabric)
     assert run.result()["splits"]["test-ood"]["accuracy"] == truth
-    assert "scored on other images" not in report(experiment, prepared)
+    assert "scored on other images" not in report(Workspace(experiment, prepared))
 
 
 def test_what_was_measured_of_another_store_is_measured_again(
     prepared: Layout, experiment_of: Tiny, fabric: Fabric
 ) -> None:
     experiment = experiment_of(evaluate__shifts=[1])
-    prepare_stores(experiment, prepared, fabric, Quiet())
+    prepare_stores(Workspace(experiment, prepared, fabric))
     beside = prepared.stores(experiment.store_name)
     names = ("teacher-val.json", "teacher-test-ood.json", FREEZING_GAP, CODEC_COST, SHIFT_CURVE)
     truth = {name: beside.read(name) for name in names}
     for name, text in truth.items():
         beside.write(name, json.dumps({**json.loads(text), "store": "of before"}).encode())
-    prepare_stores(experiment, prepared, fabric, Quiet())
+    prepare_stores(Workspace(experiment, prepared, fabric))
     assert {name: beside.read(name) for name in names} == truth
 
 
@@ -136,11 +137,11 @@ def test_a_config_that_stage_1_was_not_made_by_is_told(
 ) -> None:
     experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
     _trained(experiment, prepared, fabric)
-    assert "stage 1 was made by" not in report(experiment, prepared)
+    assert "stage 1 was made by" not in report(Workspace(experiment, prepared))
     other = experiment_of(
         train__epochs=1, train__rows=32, students={"kd": {}}, view__size=64, teacher__train__epochs=9
     )
-    told = report(other, prepared)
+    told = report(Workspace(other, prepared))
     assert "this config is not the one that stage 1 was made by: view.size: made 48, config 64" in told
     assert "teacher.train.epochs: made 2, config 9" in told
 
@@ -152,7 +153,7 @@ def test_a_lost_best_epoch_is_not_replaced_by_the_last(
     run = _trained(experiment, prepared, fabric)
     (run.path / "best.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"best\.safetensors is gone"):
-        evaluate_all(experiment, prepared, fabric, Quiet())
+        evaluate_all(Workspace(experiment, prepared, fabric))
 
 
 def test_a_diverged_candidate_loses_its_sweep_and_stops_nothing(
@@ -161,12 +162,12 @@ def test_a_diverged_candidate_loses_its_sweep_and_stops_nothing(
     raw: dict[str, Any] = {"students": {"kd": {}, "e2kd": {"explanation_weight": 1}}}
     raw |= {"seeds": [0, 1], "sweep": {"kd": {"lr": [1e30, 1e-3]}}, "train__epochs": 1, "train__rows": 32}
     experiment = experiment_of(**raw)
-    lost, kept = (name for name in experiment.students if name != "e2kd")
+    lost, kept = (name for name in experiment.candidates if name != "e2kd")
     said: list[str] = []
     lines = Quiet()
     monkeypatch.setattr(lines, "say", said.append)
     for _ in range(2):
-        distill_all(experiment, prepared, fabric, lines, list(experiment.students), [0, 1])
+        distill_all(Workspace(experiment, prepared, fabric, lines), list(experiment.candidates), [0, 1])
         assert said[-1].startswith("4 runs are done")
     assert not Run(prepared.run(lost, 0)).done
     assert all(Run(prepared.run(name, seed)).done for name in (kept, "e2kd") for seed in (0, 1))
@@ -181,7 +182,7 @@ def test_a_diverged_run_is_named_after_the_others_and_may_be_begun_with_other_se
     students = {"kd": {"lr": 1e30}, "e2kd": {"explanation_weight": 1}}
     experiment = experiment_of(train__epochs=1, train__rows=32, students=students)
     with pytest.raises(Diverged, match="diverged: kd seed 0; why is above"):
-        distill_all(experiment, prepared, fabric, Quiet(), ["kd", "e2kd"], [0])
+        distill_all(Workspace(experiment, prepared, fabric), ["kd", "e2kd"], [0])
     assert Run(prepared.run("e2kd", 0)).done
     assert _trained(
         experiment_of(train__epochs=1, train__rows=32, students={"kd": {}}), prepared, fabric
@@ -198,7 +199,7 @@ def test_a_damaged_file_of_a_run_is_named(
     run = _trained(experiment, prepared, fabric)
     (run.path / name).write_text(text)
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
-        report(experiment, prepared)
+        report(Workspace(experiment, prepared))
 
 
 def test_a_damaged_measurement_is_named(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
@@ -206,4 +207,4 @@ def test_a_damaged_measurement_is_named(prepared: Layout, experiment_of: Tiny, f
     _trained(experiment, prepared, fabric)
     prepared.stores(experiment.store_name).write(CODEC_COST, b"")
     with pytest.raises(DataError, match=r"codec-cost\.json is damaged; delete it"):
-        report(experiment, prepared)
+        report(Workspace(experiment, prepared))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,14 +17,14 @@ from lightning_fabric import Fabric
 from artifacts.errors import ConfigError
 from cli.main import app, run_guarded
 from pipeline.config import Experiment, dump
-from pipeline.devices import Part
-from pipeline.order import stages
+from pipeline.order import prepare, runs
 from pipeline.progress import Quiet
 from pipeline.report.results import Results
 from pipeline.report.tables import candidate_table
-from pipeline.training.choice import Choice, Method, chosen, methods, scores
-from pipeline.training.run import Run, locked
-from pipeline.workspace import Layout
+from pipeline.sharing import Part, locked
+from pipeline.training.choice import Choice, by_method, choices
+from pipeline.training.run import Run
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 STUDENTS = {"ce": {"loss": "ce"}, "kd": {}, "e2kd": {"explanation_weight": 5}}
@@ -55,24 +54,31 @@ def _finish(layout: Layout, student: str, seed: int, **val: float | None) -> Non
 
 
 def test_methods_group_a_sweeps_candidates(swept: Experiment) -> None:
-    assert methods(swept) == [Method("ce", ("ce",)), Method("kd", (T1, T5, T9)), Method("e2kd", ("e2kd",))]
+    assert _names(swept) == {"ce": ["ce"], "kd": [T1, T5, T9], "e2kd": ["e2kd"]}
+    kd = by_method(swept)["kd"]
+    assert [candidate.settings.temperature for candidate in kd] == [1, 5, 9]
+    assert [candidate.overrides for candidate in kd] == [{"temperature": value} for value in (1, 5, 9)]
+
+
+def _names(experiment: Experiment) -> dict[str, list[str]]:
+    return {name: [one.name for one in candidates] for name, candidates in by_method(experiment).items()}
 
 
 def test_without_its_sweep_every_student_is_a_method(swept: Experiment) -> None:
-    plain = swept.model_copy(update={"sweep": {}})
-    assert [method.name for method in methods(plain)] == ["ce", T1, T5, T9, "e2kd"]
+    plain = Experiment.model_validate({**dict(swept), "sweep": {}})
+    assert _names(plain) == {name: [name] for name in ("ce", "kd", "e2kd")}
 
 
 def test_the_best_of_the_first_seed_on_the_selection_split(swept: Experiment, tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     for student, accuracy in ((T1, 0.5), (T5, 0.8), (T9, 0.7)):
-        assert "kd" not in chosen(swept, layout)
+        assert choices(Workspace(swept, layout))["kd"].chosen is None
         _finish(layout, student, 3, accuracy=accuracy, agreement=1 - accuracy)
     _finish(layout, T9, 4, accuracy=1.0)  # another seed, which has no say
-    assert chosen(swept, layout) == {
-        "ce": Choice("ce", None, {"ce": None}),
-        "kd": Choice(T5, 0.8, {T1: 0.5, T5: 0.8, T9: 0.7}),
-        "e2kd": Choice("e2kd", None, {"e2kd": None}),
+    assert choices(Workspace(swept, layout)) == {
+        "ce": Choice("ce", {"ce": None}, "ce"),
+        "kd": Choice("kd", {T1: 0.5, T5: 0.8, T9: 0.7}, T5),
+        "e2kd": Choice("e2kd", {"e2kd": None}, "e2kd"),
     }
 
 
@@ -98,7 +104,8 @@ def test_what_chooses(
     evaluate = swept.evaluate.model_copy(update={"select_by": select_by})
     for student, values in zip((T1, T5, T9), scores, strict=True):
         _finish(Layout(tmp_path), student, 3, **values)
-    assert chosen(swept.model_copy(update={"evaluate": evaluate}), Layout(tmp_path))["kd"].student == best
+    experiment = swept.model_copy(update={"evaluate": evaluate})
+    assert choices(Workspace(experiment, Layout(tmp_path)))["kd"].chosen == best
 
 
 @pytest.fixture
@@ -106,13 +113,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Stage 2 without stage 1 and training: a run's accuracy is its temperature's place; returns the runs in order."""
     order: list[tuple[str, int]] = []
 
-    def distill(experiment: Any, layout: Layout, fabric: Any, name: str, seed: int, progress: Any) -> None:
+    def distill(workspace: Workspace, name: str, seed: int) -> None:
         order.append((name, seed))
         if name != "e2kd":
-            _finish(layout, name, seed, accuracy={T5: 0.9}.get(name, 0.1))
+            _finish(workspace.layout, name, seed, accuracy={T5: 0.9}.get(name, 0.1))
 
-    monkeypatch.setattr(stages, "prepare_stores", lambda *_: True)
-    monkeypatch.setattr(stages, "distill", distill)
+    monkeypatch.setattr(runs, "prepare_stores", lambda *_: True)
+    monkeypatch.setattr(runs, "distill", distill)
     return order
 
 
@@ -120,14 +127,14 @@ def _distill(
     experiment: Experiment, root: Path, fabric: Fabric, students: list[str], seeds: list[int], part: Part
 ) -> list[str]:
     lines = Lines()
-    stages.distill_all(experiment, Layout(root), fabric, lines, students, seeds, part)
+    runs.distill_all(Workspace(experiment, Layout(root), fabric, lines), students, seeds, part)
     return lines.said
 
 
 def test_only_the_chosen_candidate_gets_the_other_seeds(
     swept: Experiment, tmp_path: Path, fabric: Fabric, trained: list[tuple[str, int]]
 ) -> None:
-    said = _distill(swept, tmp_path, fabric, list(swept.students), [3, 4], Part())
+    said = _distill(swept, tmp_path, fabric, list(swept.candidates), [3, 4], Part())
     first = [(name, 3) for name in ("ce", T1, T5, T9, "e2kd")]
     assert trained == [*first, ("ce", 4), ("e2kd", 4), (T5, 4)]
     assert said[-1].startswith("8 runs are done")
@@ -148,8 +155,8 @@ def test_parts_share_the_runs_and_the_second_start_completes_them(
 ) -> None:
     for _ in range(2):
         for rank in range(3):
-            _distill(swept, tmp_path, fabric, list(swept.students), [3, 4], Part(rank, 3))
-    everything = {(name, 3) for name in swept.students} | {(name, 4) for name in ("ce", T5, "e2kd")}
+            _distill(swept, tmp_path, fabric, list(swept.candidates), [3, 4], Part(rank, 3))
+    everything = {(name, 3) for name in swept.candidates} | {(name, 4) for name in ("ce", T5, "e2kd")}
     assert set(trained) == everything
 
 
@@ -159,7 +166,7 @@ def test_a_sweep_that_no_score_decides_is_a_sentence(
 ) -> None:
     for student in (T1, T5, T9):
         _finish(Layout(tmp_path), student, 3, epg=0.5)
-    monkeypatch.setattr(stages, "distill", lambda *_: None)
+    monkeypatch.setattr(runs, "distill", lambda *_: None)
     with pytest.raises(ConfigError, match=r"sweep\.kd: no run has f1 or accuracy or agreement on val"):
         _distill(swept, tmp_path, fabric, [T1, T5, T9], [3, 4], Part())
 
@@ -179,7 +186,7 @@ def test_no_candidate_stands_for_a_sweep_that_is_not_decided(
     """Neither in the report nor, where nothing else is finished, as a failure of the task that wrote none."""
     layout = Layout(tmp_path)
     _finish(layout, first, 3, accuracy=0.5)
-    results = Results(swept, layout)
+    results = Results(Workspace(swept, layout))
     assert results.methods == []
     assert [each.student for each in results.all_methods] == ["ce", "", "e2kd"]
     others = [name for name in (T1, T5, T9) if name != first]
@@ -195,7 +202,8 @@ def test_no_candidate_stands_for_a_sweep_that_is_not_decided(
 def test_scores_are_of_the_first_seed(swept: Experiment, tmp_path: Path) -> None:
     _finish(Layout(tmp_path), T5, 3, accuracy=0.5)
     _finish(Layout(tmp_path), T1, 4, accuracy=0.9)
-    assert scores(swept, Layout(tmp_path)) == {
+    of_method = choices(Workspace(swept, Layout(tmp_path)))
+    assert {name: choice.scores for name, choice in of_method.items()} == {
         "ce": {"ce": None},
         "kd": {T1: None, T5: 0.5, T9: None},
         "e2kd": {"e2kd": None},
@@ -230,7 +238,7 @@ HOLDER = """
 import multiprocessing, sys, time
 from pathlib import Path
 from lightning_fabric import Fabric
-from pipeline.training.run import locked
+from pipeline.sharing import locked
 with locked(Path(sys.argv[1]), Fabric(accelerator="cpu", devices=1)) as mine:
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
     worker.start()
@@ -306,12 +314,13 @@ def test_a_task_that_finds_nothing_to_do_ends_well(
 
 
 def test_stage_1_is_one_processs_at_a_time(
-    tmp_path: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+    swept: Experiment, tmp_path: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prepare, "_POLL_SECONDS", 0.01)
     lines, holder = Lines(), locked(tmp_path / "stage-1.lock", fabric)
     holder.__enter__()
-    monkeypatch.setattr(stages.time, "sleep", lambda seconds: holder.__exit__(None, None, None))
-    with stages._alone(Layout(tmp_path), fabric, lines), locked(tmp_path / "stage-1.lock", fabric) as second:
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: holder.__exit__(None, None, None))
+    workspace = Workspace(swept, Layout(tmp_path), fabric, lines)
+    with prepare._alone(workspace), locked(tmp_path / "stage-1.lock", fabric) as second:
         assert not second
     assert [line.split(" in ")[0] for line in lines.said] == ["another process packs, teaches or precomputes"]

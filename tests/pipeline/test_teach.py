@@ -18,15 +18,16 @@ from artifacts import Sample, open_images
 from artifacts.errors import ConfigError, DataError
 from artifacts.packing import write_images
 from pipeline.config import Experiment
-from pipeline.order.stages import prepare_teacher
-from pipeline.progress import Quiet
+from pipeline.evaluate.scores import Scores
+from pipeline.order.prepare import prepare_teacher
 from pipeline.teach import run as module
+from pipeline.teach import step
 from pipeline.teach.run import teach
-from pipeline.training.loop import kept_weights
+from pipeline.training.keep import kept_weights
 from pipeline.training.pareto import ParetoFront
 from pipeline.training.run import Run
 from pipeline.training.trained import load_teacher
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 KINDS = ["energy", "l1", "ppce", "rrr"]
@@ -73,7 +74,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, fabric: Fabric, experiment_
     """The toy birds, packed."""
     root = tmp_path_factory.mktemp("packed") / "tiny"
     prepare_teacher(
-        experiment_of(teacher__train=None, teacher__weights="none"), Layout(root), fabric, Quiet()
+        Workspace(experiment_of(teacher__train=None, teacher__weights="none"), Layout(root), fabric)
     )
     return root
 
@@ -83,7 +84,7 @@ def test_every_loss_guides_by_masks(
     kind: str, packed: Path, tmp_path: Path, fabric: Fabric, experiment_of: Tiny
 ) -> None:
     layout = Layout(tmp_path, shared=str(packed))
-    teach(experiment_of(teacher__train__guide__loss=kind), layout, fabric, Quiet())
+    teach(Workspace(experiment_of(teacher__train__guide__loss=kind), layout, fabric))
     lines = history(layout)
     assert len(lines) == 2
     for line in lines:
@@ -110,7 +111,7 @@ def test_every_loss_guides_by_the_boxes_of_several_labels(
         augment__crop_scale=[0.1, 1.0],
         evaluate__select=None,
     )
-    teach(experiment, layout, fabric, Quiet())
+    teach(Workspace(experiment, layout, fabric))
     lines = history(layout)
     assert len(lines) == 2
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -128,7 +129,7 @@ def test_boxes_of_one_label_and_a_guided_teacher_that_learns_to_look(
         teacher__train__batch_size=8,
         teacher__train__keep="last",
     )
-    teach(experiment, layout, fabric, Quiet())
+    teach(Workspace(experiment, layout, fabric))
     lines = history(layout)
     assert lines[-1]["guidance"] < 0.3 * lines[0]["guidance"]
     assert lines[-1]["val_epg"] > 0.6  # unguided: 0.23
@@ -140,7 +141,7 @@ def test_several_labels_are_guided_one_a_step_about_their_own_boxes(
     """What the step sees: masks are the boxes of the class that is explained, and classes change with the epoch."""
     layout = boxed(tmp_path, several=True)
     seen: dict[int, list[int]] = {}
-    real = module.class_masks
+    real = step.class_masks
 
     def spy(boxes: Any, classes: torch.Tensor, size: int) -> torch.Tensor:
         masks = real(boxes, classes, size)
@@ -151,7 +152,7 @@ def test_several_labels_are_guided_one_a_step_about_their_own_boxes(
                 seen.setdefault(int(found[:, 2].sum() * 1000 + found[:, 1].sum()), []).append(cls)
         return masks
 
-    monkeypatch.setattr(module, "class_masks", spy)
+    monkeypatch.setattr(step, "class_masks", spy)
     experiment = experiment_of(
         teacher__train__loss="bce",
         teacher__train__guide={"by": "box"},
@@ -159,7 +160,7 @@ def test_several_labels_are_guided_one_a_step_about_their_own_boxes(
         teacher__train__batch_size=8,
         evaluate__select=None,
     )
-    teach(experiment, layout, fabric, Quiet())
+    teach(Workspace(experiment, layout, fabric))
     assert sum(len(set(classes)) == 2 for classes in seen.values()) > len(seen) / 2
 
 
@@ -176,7 +177,7 @@ def test_a_teacher_that_looks_well_but_answers_badly_is_not_chosen(
     found = iter(
         [{"f1": 0.9, "epg": 0.9}] * 1 + [{"f1": f1, "epg": epg} for f1, epg in ((0, 0.8), (0.6, 0.5))]
     )
-    monkeypatch.setattr(module, "score", lambda *args: next(found))
+    monkeypatch.setattr(module, "score", lambda *args: Scores(next(found), {}))
     layout = boxed(tmp_path, several=True)
     experiment = experiment_of(
         teacher__train__loss="bce",
@@ -187,7 +188,7 @@ def test_a_teacher_that_looks_well_but_answers_badly_is_not_chosen(
         teacher__train__best_by="epg",
         teacher__train__within=0.05,
     )
-    teach(experiment, layout, fabric, Quiet())
+    teach(Workspace(experiment, layout, fabric))
     best, second = (
         load_file(layout.teacher / name) for name in ("best.safetensors", "pareto/epoch-001.safetensors")
     )
@@ -216,7 +217,7 @@ def test_a_killed_teacher_resumes_bit_for_bit_with_its_front(
         teacher__train__pareto=["accuracy", "epg"],
         teacher__train__schedule="step",
     )
-    teach(experiment, layouts[0], fabric, Quiet())
+    teach(Workspace(experiment, layouts[0], fabric))
     calls, real = iter(range(100)), module.TeacherStep.__call__
 
     def dies(self: Any, *args: Any) -> Any:
@@ -227,8 +228,8 @@ def test_a_killed_teacher_resumes_bit_for_bit_with_its_front(
     with monkeypatch.context() as patched:
         patched.setattr(module.TeacherStep, "__call__", dies)
         with pytest.raises(_Killed):
-            teach(experiment, layouts[1], fabric, Quiet())
-    teach(experiment, layouts[1], fabric, Quiet())
+            teach(Workspace(experiment, layouts[1], fabric))
+    teach(Workspace(experiment, layouts[1], fabric))
     assert history(layouts[0]) == history(layouts[1])
     whole, cut = (layout.teacher for layout in layouts)
     files = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
@@ -242,7 +243,7 @@ def test_a_pareto_teacher_is_a_teacher(
     packed: Path, tmp_path: Path, fabric: Fabric, experiment_of: Tiny
 ) -> None:
     layout = Layout(tmp_path, shared=str(packed))
-    teach(experiment_of(teacher__train__pareto=["accuracy", "epg"]), layout, fabric, Quiet())
+    teach(Workspace(experiment_of(teacher__train__pareto=["accuracy", "epg"]), layout, fabric))
     listed = json.loads((layout.teacher / "pareto.json").read_text())
     files = {file.name: file for file in (layout.teacher / "pareto").iterdir()}
     assert files
@@ -252,7 +253,7 @@ def test_a_pareto_teacher_is_a_teacher(
     for file in files.values():
         later = experiment_of(teacher__train=None, teacher__weights=str(file))
         images = open_images(Layout(packed).images("train"))
-        teacher = load_teacher(later, Layout(tmp_path / "later"), images)
+        teacher = load_teacher(Workspace(later, Layout(tmp_path / "later")), images)
         stored = load_file(file)
         assert all(torch.equal(stored[name], tensor) for name, tensor in teacher.net.state_dict().items())
 
@@ -262,7 +263,7 @@ def test_a_score_that_validation_does_not_give_is_said_before_training(
 ) -> None:
     layout = Layout(tmp_path, shared=str(packed))
     with pytest.raises(ConfigError, match=r"pareto asks for f1, but validation gives .*accuracy"):
-        teach(experiment_of(teacher__train__pareto=["f1", "epg"]), layout, fabric, Quiet())
+        teach(Workspace(experiment_of(teacher__train__pareto=["f1", "epg"]), layout, fabric))
     assert history(layout) == []
 
 
@@ -271,20 +272,20 @@ def test_settings_that_do_not_fit_the_labels_are_errors_and_leave_no_run(
 ) -> None:
     layout = boxed(tmp_path / "several", several=True)
     with pytest.raises(ConfigError, match=r"several labels an image: set teacher\.train\.loss to bce"):
-        teach(experiment_of(), layout, fabric, Quiet())
+        teach(Workspace(experiment_of(), layout, fabric))
     with pytest.raises(ConfigError, match=r"set teacher\.train\.guide\.by to box"):
-        teach(experiment_of(teacher__train__loss="bce"), layout, fabric, Quiet())
+        teach(Workspace(experiment_of(teacher__train__loss="bce"), layout, fabric))
     assert not layout.teacher.exists()
     unlabelled = boxed(tmp_path / "unlabelled", several=False, label=None)
     with pytest.raises(DataError, match="unlabelled"):
-        teach(experiment_of(), unlabelled, fabric, Quiet())
+        teach(Workspace(experiment_of(), unlabelled, fabric))
 
 
 def test_guidance_by_masks_that_are_not_there_names_the_image(
     tmp_path: Path, fabric: Fabric, experiment_of: Tiny
 ) -> None:
     with pytest.raises(DataError, match=r"image-\d+.*has no mask"):
-        teach(experiment_of(), boxed(tmp_path, several=False), fabric, Quiet())
+        teach(Workspace(experiment_of(), boxed(tmp_path, several=False), fabric))
 
 
 def test_training_starts_from_other_weights(
@@ -292,9 +293,9 @@ def test_training_starts_from_other_weights(
 ) -> None:
     """With a rate of almost nothing they stay what they were."""
     first, second = (Layout(tmp_path / name, shared=str(packed)) for name in ("first", "second"))
-    teach(experiment_of(teacher__train__epochs=1), first, fabric, Quiet())
+    teach(Workspace(experiment_of(teacher__train__epochs=1), first, fabric))
     origin = kept_weights(Run(first.teacher))
     changes = {"teacher__train__init": str(origin), "teacher__train__lr": 1e-12, "teacher__train__seed": 7}
-    teach(experiment_of(**changes), second, fabric, Quiet())
+    teach(Workspace(experiment_of(**changes), second, fabric))
     a, b = load_file(origin), load_file(kept_weights(Run(second.teacher)))
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a if name.endswith("weight"))

@@ -22,9 +22,11 @@ from artifacts.packing import write_images
 from pipeline.config import Schedule
 from pipeline.data.batches import Batch, PairedRows, TrainBatches
 from pipeline.progress import Quiet
-from pipeline.training.loop import Validate, best_score, fit, kept_weights, learning_rate
+from pipeline.training.keep import best_score, kept_weights
+from pipeline.training.loop import StepLoss, Training, Validate, fit
 from pipeline.training.pareto import ParetoFront, front
 from pipeline.training.run import CheckpointError, Run
+from pipeline.training.schedule import learning_rate
 
 SIZE, ROWS = 8, 12
 Scores = dict[str, float]
@@ -79,27 +81,27 @@ def train(
     torch.manual_seed(0)
     module = module or Adapted()
 
-    def loss(wrapped: nn.Module, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+    def loss(wrapped: nn.Module, batch: Batch, epoch: int, step: int) -> StepLoss:
         if step == dies_at:
             raise _Killed
-        return {"loss": nn.functional.cross_entropy(wrapped(batch.images.float() / 255), batch.labels)}
+        logits = wrapped(batch.images.float() / 255)
+        return StepLoss(nn.functional.cross_entropy(logits, batch.labels), {})
 
     path.mkdir(parents=True, exist_ok=True)
     net = module.get_submodule("net")
-    fit(
-        fabric,
-        module,
-        net,
-        schedule,
-        0,
-        TrainBatches(data, 4, 0),
-        loss,
-        Run(path),
+    training = Training(
+        module=module,
+        net=net,
+        settings=schedule,
+        seed=0,
+        batches=TrainBatches(data, 4, 0),
+        loss=loss,
+        run=Run(path),
+        label="x",
         validate=validate,
         front=front,
-        progress=Quiet(),
-        label="x",
     )
+    fit(training, fabric, Quiet())
     return module
 
 

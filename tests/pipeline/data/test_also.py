@@ -15,9 +15,8 @@ from artifacts import open_images
 from artifacts.errors import ConfigError, ModelError
 from pipeline.config import Experiment
 from pipeline.data.pack import pack_split
-from pipeline.order.stages import distill_all
-from pipeline.progress import Quiet
-from pipeline.workspace import Layout
+from pipeline.order.runs import distill_all
+from pipeline.workspace import Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 SHAPES = {"source": "toyshapes", "limit": 32}
@@ -33,8 +32,8 @@ SMALL = {
 def test_its_images_are_packed_without_annotations(experiment_of: Tiny, tmp_path: Path) -> None:
     experiment = experiment_of(also={"birds": {"source": "toybirds", "limit": 8}}, data__limit=8)
     layout = Layout(tmp_path)
-    own = pack_split(experiment, layout, "train", Quiet())
-    other = pack_split(experiment, layout, "birds/train", Quiet())
+    own = pack_split(Workspace(experiment, layout), "train")
+    other = pack_split(Workspace(experiment, layout), "birds/train")
     assert str(other.place) == str(tmp_path / "images/birds/train")
     assert len(other.classes) == 0
     assert len(own.classes) > 0
@@ -55,7 +54,7 @@ def test_a_folder_of_photographs(experiment_of: Tiny, tmp_path: Path) -> None:
     also = {
         "mine": {"source": "folder", "root": tmp_path / "photos", "val_fraction": 0, "on_bad_image": "skip"}
     }
-    images = pack_split(experiment_of(also=also), Layout(tmp_path / "out"), "mine/train", Quiet())
+    images = pack_split(Workspace(experiment_of(also=also), Layout(tmp_path / "out")), "mine/train")
     assert len(images) == 5
     assert {images[row].label for row in range(5)} == {None}
     kept = json.loads((tmp_path / "out/images/mine/unreadable-train.json").read_text())
@@ -67,7 +66,7 @@ def test_a_student_learns_from_them(experiment_of: Tiny, fabric: Fabric, tmp_pat
     students = {"kd": {"split": "shapes/train"}, "e2kd": {"split": "shapes/train", "explanation_weight": 5}}
     experiment = experiment_of(**SMALL, students=students, teacher__classes=2)
     layout = Layout(tmp_path / "tiny")
-    distill_all(experiment, layout, fabric, Quiet(), ["kd", "e2kd"], [0])
+    distill_all(Workspace(experiment, layout, fabric), ["kd", "e2kd"], [0])
     assert set(open_images(layout.images("shapes/train")).labels) == {None}
     for name in students:
         result = json.loads((layout.run(name, 0) / "result.json").read_text())
@@ -81,7 +80,7 @@ def test_without_the_number_of_the_teachers_classes(
     with pytest.raises(
         ModelError, match=r"has no classes: say how many the teacher has with teacher\.classes"
     ):
-        distill_all(experiment, Layout(tmp_path / "tiny"), fabric, Quiet(), ["kd"], [0])
+        distill_all(Workspace(experiment, Layout(tmp_path / "tiny"), fabric), ["kd"], [0])
 
 
 def test_a_loss_on_labels_is_refused(experiment_of: Tiny, fabric: Fabric, tmp_path: Path) -> None:
@@ -89,7 +88,7 @@ def test_a_loss_on_labels_is_refused(experiment_of: Tiny, fabric: Fabric, tmp_pa
         **SMALL, students={"ce": {"loss": "ce", "split": "shapes/train"}}, teacher__classes=2
     )
     with pytest.raises(ConfigError, match="student ce needs labels"):
-        distill_all(experiment, Layout(tmp_path / "tiny"), fabric, Quiet(), ["ce"], [0])
+        distill_all(Workspace(experiment, Layout(tmp_path / "tiny"), fabric), ["ce"], [0])
 
 
 @pytest.mark.parametrize(
@@ -106,4 +105,4 @@ def test_a_split_that_is_not_there(
     experiment_of: Tiny, tmp_path: Path, also: dict[str, object], split: str, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        pack_split(experiment_of(also=also), Layout(tmp_path), split, Quiet())
+        pack_split(Workspace(experiment_of(also=also), Layout(tmp_path)), split)

@@ -13,8 +13,7 @@ from pipeline.config import Voc, parse
 from pipeline.data import open_source, split_names
 from pipeline.data.pack import pack_split
 from pipeline.data.sources.voc import CLASSES
-from pipeline.progress import Quiet
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 DOG, CAR, PERSON = 11, 6, 14
 
@@ -136,13 +135,13 @@ def test_packed_labels_and_boxes(base: Path, tmp_path: Path, difficult: str) -> 
             "students": {"kd": {"model": "toy/resnet"}},
         }
     )
-    train = pack_split(experiment, Layout(tmp_path / "out"), "train", Quiet())
+    train = pack_split(Workspace(experiment, Layout(tmp_path / "out")), "train")
     kept = (DOG, PERSON) if difficult == "keep" else (PERSON,)
     assert set(train.labels) == {(CAR, PERSON), kept}
     boxes = train[train.labels.index((CAR, PERSON))].boxes
     assert boxes is not None
     assert boxes.tolist() == [[PERSON, 3, 2.5, 8, 12.5], [CAR, 0, 0, 15, 15]]
-    test = pack_split(experiment, Layout(tmp_path / "out"), "test", Quiet())
+    test = pack_split(Workspace(experiment, Layout(tmp_path / "out")), "test")
     assert test[0].label == ((DOG,) if difficult == "keep" else ())
     assert test[0].boxes is not None
     assert len(test[0].boxes) == (difficult == "keep")

@@ -12,8 +12,7 @@ from artifacts.errors import ConfigError, DataError
 from pipeline.config import Waterbirds, parse
 from pipeline.data import open_source, split_names
 from pipeline.data.pack import pack_split
-from pipeline.progress import Quiet
-from pipeline.workspace import Layout
+from pipeline.workspace import Layout, Workspace
 
 HEADER = "img_id,img_filename,y,split,place,place_filename"
 GROUPS = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -138,7 +137,7 @@ def test_packed_groups_boxes_and_masks(root: Path, tmp_path: Path) -> None:
             "students": {"kd": {"model": "toy/resnet"}},
         }
     )
-    packed = pack_split(experiment, Layout(tmp_path / "out"), "test-ood", Quiet())
+    packed = pack_split(Workspace(experiment, Layout(tmp_path / "out")), "test-ood")
     assert sorted(zip(packed.labels, packed.groups, strict=True)) == [(0, 1), (1, 2)]
     for row in range(2):
         sample = packed[row]

@@ -1,0 +1,138 @@
+"""Whose a store is, from records: students train without the teacher; nothing is taught twice for a shared store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+
+from artifacts.errors import IncompleteStore, MismatchedStore, ModelError
+from pipeline.config import Experiment, ModelConfig
+from pipeline.models import build, save_weights
+from pipeline.order import prepare
+from pipeline.order.prepare import prepare_stores
+from pipeline.order.runs import distill_all
+from pipeline.provenance import FILE, WEIGHTS, matching_store, read_teacher
+from pipeline.training import trained
+from pipeline.training.run import Run
+from pipeline.workspace import Layout, Workspace
+
+Tiny = Callable[..., Experiment]
+SHORT: dict[str, Any] = {"train__epochs": 1, "train__rows": 32}
+
+
+def forbid_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building, loading and hashing a teacher are errors from here on; so is teaching one."""
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("stage 2 asked for the teacher's network")
+
+    for name in ("load_teacher", "weights_sha256"):
+        monkeypatch.setattr(trained, name, forbidden)
+    monkeypatch.setattr("pipeline.distill.run.load_teacher", forbidden)
+    monkeypatch.setattr(prepare, "teach", forbidden)
+
+
+@pytest.mark.parametrize("kind", ["taught", "pretrained"])
+def test_frozen_students_train_without_the_teacher(
+    kind: str,
+    prepared: Layout,
+    fabric: Fabric,
+    experiment_of: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    students = {"kd": {}, "e2kd": {"explanation_weight": 5}, "ce": {"loss": "ce"}}
+    changes = {**SHORT, "students": students}
+    if kind == "pretrained":
+        file = tmp_path / "teacher.safetensors"
+        torch.manual_seed(0)
+        save_weights(build(ModelConfig(model="toy/resnet", width=4), 2), file)
+        changes |= {
+            "teacher": {"model": "toy/resnet", "width": 4, "weights": str(file)},
+            "store__name": "file",
+        }
+    workspace = Workspace(experiment_of(**changes), prepared, fabric)
+    prepare_stores(workspace)
+    if kind == "pretrained":
+        file.unlink()
+    else:
+        shutil.rmtree(prepared.teacher)
+    forbid_teachers(monkeypatch)
+    distill_all(workspace, list(students), [0])
+    assert all(Run(prepared.run(name, 0)).done for name in students)
+
+
+def test_a_shared_store_is_not_taught_for_again(
+    fabric: Fabric, experiment_of: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another folder, as on another machine: frozen students need nothing, online ones take the weights from beside."""
+    experiment = experiment_of(**SHORT, artifacts=str(tmp_path / "shared"))
+    first, second = (
+        Workspace(experiment, Layout(tmp_path / name, experiment.artifacts), fabric) for name in ("a", "b")
+    )
+    prepare_stores(first)
+    with monkeypatch.context() as patched:
+        forbid_teachers(patched)
+        distill_all(second, ["e2kd-frozen"], [0])
+    assert not second.layout.teacher.exists()
+    monkeypatch.setattr(prepare, "teach", lambda *_: pytest.fail("taught again"))
+    for workspace in (first, second):
+        distill_all(workspace, ["e2kd"], [0])
+    own, other = (load_file(w.layout.run("e2kd", 0) / "last.safetensors") for w in (first, second))
+    assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_damaged_shared_weights_are_refused(fabric: Fabric, experiment_of: Tiny, tmp_path: Path) -> None:
+    experiment = experiment_of(**SHORT, artifacts=str(tmp_path / "shared"))
+    first = Workspace(experiment, Layout(tmp_path / "a", experiment.artifacts), fabric)
+    prepare_stores(first)
+    with torch.no_grad():
+        other = build(experiment.teacher.model_copy(update={"weights": None, "train": None}), 2)
+    save_weights(other, Path(str(first.beside_stores)) / WEIGHTS)
+    second = Workspace(experiment, Layout(tmp_path / "b", experiment.artifacts), fabric)
+    with pytest.raises(ModelError, match=rf"{WEIGHTS} is damaged"):
+        distill_all(second, ["e2kd"], [0])
+
+
+def test_a_config_of_another_teacher_is_refused_with_what_differs(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    other = Workspace(experiment_of(teacher__train__epochs=9), prepared, fabric)
+    with pytest.raises(MismatchedStore, match=r"teacher\.train\.epochs: store 2, config 9"):
+        matching_store(other, "train", other.open_images("train"))
+
+
+def test_stores_without_a_record_are_recorded_by_stage_1(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    workspace = Workspace(experiment_of(), prepared, fabric)
+    record = read_teacher(workspace)
+    assert record is not None
+    workspace.beside_stores.remove(FILE)
+    with pytest.raises(IncompleteStore, match="does not say whose its stores are"):
+        matching_store(workspace, "train", workspace.open_images("train"))
+    before = {f: f.stat().st_mtime_ns for f in Path(str(workspace.beside_stores)).rglob("*") if f.is_file()}
+    prepare_stores(workspace)
+    assert read_teacher(workspace) == record
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+
+
+def test_a_file_that_was_written_again_is_looked_at_again(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    """Copied or touched it is the same teacher; with other weights it is not."""
+    workspace = Workspace(experiment_of(), prepared, fabric)
+    weights = trained.teacher_weights(workspace)
+    weights.touch()
+    prepare_stores(workspace)
+    tensors = build(experiment_of().teacher.model_copy(update={"train": None}), 2)
+    save_weights(tensors, weights)
+    with pytest.raises(MismatchedStore, match=r"teacher\.weights_sha256"):
+        prepare_stores(workspace)
