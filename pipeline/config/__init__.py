@@ -12,21 +12,7 @@ Students are named sets of overrides over `train`, so that what differs between 
 """
 
 from pipeline.config.base import Settings
-from pipeline.config.data import (
-    Cifar,
-    DataConfig,
-    Files,
-    Folder,
-    HuggingFace,
-    ImageNet,
-    Sun397,
-    TinyImageNet,
-    ToyBirds,
-    ToyShapes,
-    Voc,
-    Waterbirds,
-    WebShards,
-)
+from pipeline.config.data import DataConfig, Files
 from pipeline.config.experiment import EvaluateConfig, Experiment, ExplainConfig, StoreConfig, ViewConfig
 from pipeline.config.grid import Candidate
 from pipeline.config.load import dump, load, parse
@@ -46,32 +32,21 @@ __all__ = [
     "DEFAULT_SCORES",
     "AugmentConfig",
     "Candidate",
-    "Cifar",
     "DataConfig",
     "EvaluateConfig",
     "Experiment",
     "ExplainConfig",
     "Files",
-    "Folder",
     "GuideConfig",
-    "HuggingFace",
-    "ImageNet",
     "ModelConfig",
     "PriorConfig",
     "Schedule",
     "Settings",
     "StoreConfig",
     "StudentConfig",
-    "Sun397",
     "TeachConfig",
     "TeacherConfig",
-    "TinyImageNet",
-    "ToyBirds",
-    "ToyShapes",
     "ViewConfig",
-    "Voc",
-    "Waterbirds",
-    "WebShards",
     "dump",
     "load",
     "parse",

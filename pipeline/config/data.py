@@ -1,11 +1,15 @@
-"""The section `data`: where images come from, and which of them are train, val and test."""
+"""The section `data`: where images come from, and which of them are train, val and test.
+
+A data source is one class here, which says its names in the literal type of `source`: `config.sources` collects these
+classes. Its reader is a row of the table in `pipeline/data/sources/__init__.py`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from pipeline.config.base import Fraction, Positive, Seed, Settings
 
@@ -19,20 +23,21 @@ def _named(folder: Any) -> Any:
 Root = Annotated[Path, BeforeValidator(_named), AfterValidator(Path.expanduser)]
 
 
-class Source(Settings):
-    """What every source has."""
+class DataConfig(Settings):
+    """What every data source has."""
 
+    source: str
     limit: Positive | None = Field(None, description="use only the first `limit` images of each split")
 
 
-class ToyBirds(Source):
+class ToyBirds(DataConfig):
     """Waterbirds-100 in miniature (48 px, generated): background = class in training, reversed out of distribution."""
 
     source: Literal["toybirds"]
     seed: Seed = 0
 
 
-class ToyShapes(Source):
+class ToyShapes(DataConfig):
     """Ten silhouettes on unrelated backgrounds (48 px, generated), for the few-shot question."""
 
     source: Literal["toyshapes"]
@@ -40,14 +45,13 @@ class ToyShapes(Source):
     train_per_class: Positive = 20
 
 
-class Files(Source):
+class Files(DataConfig):
     """A data set on disk.
 
     Its rows are in the order of a hash of (split_seed, path): the first n of a class are a random choice, the same
     on every machine. `val_per_class` and `train_per_class` cut `train` in this order: first val, then train.
     """
 
-    source: str
     root: Root
     val_per_class: Positive | None = Field(
         None, description="hold this many images of each class out of train, as split val (paper: 50)"
@@ -134,33 +138,3 @@ class HuggingFace(Files):
     source: Literal["huggingface"]
     image: str = Field("image", description="parquet: the image's column")
     label: str | None = Field("label", description="the label's column or key; null: unlabelled")
-
-
-AnyData = (
-    ToyBirds
-    | ToyShapes
-    | Folder
-    | ImageNet
-    | Sun397
-    | Cifar
-    | TinyImageNet
-    | Waterbirds
-    | Voc
-    | WebShards
-    | HuggingFace
-)
-DataConfig = Annotated[AnyData, Field(discriminator="source")]
-SOURCES: dict[str, type[BaseModel]] = {
-    "toybirds": ToyBirds,
-    "toyshapes": ToyShapes,
-    "folder": Folder,
-    "imagenet": ImageNet,
-    "sun397": Sun397,
-    "cifar10": Cifar,
-    "cifar100": Cifar,
-    "tiny-imagenet": TinyImageNet,
-    "waterbirds": Waterbirds,
-    "voc": Voc,
-    "webdataset": WebShards,
-    "huggingface": HuggingFace,
-}

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.base import Natural, Positive, Seed, Settings
-from pipeline.config.data import DataConfig
 from pipeline.config.grid import Candidate, candidates
+from pipeline.config.sources import AnyData
 from pipeline.config.training import AugmentConfig, Score, StudentConfig, TeacherConfig
 
 
@@ -101,8 +101,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 class Experiment(Settings):
     """One experiment: one config file, one folder `out/<name>/`."""
 
-    data: DataConfig
-    also: dict[Name, DataConfig] = Field(
+    data: AnyData
+    also: dict[Name, AnyData] = Field(
         {}, description="unlabelled images of other data sets; the split NAME/train is the train of also.NAME"
     )
     artifacts: str | None = Field(

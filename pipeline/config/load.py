@@ -13,10 +13,10 @@ from pydantic import BaseModel, ValidationError
 
 from artifacts.errors import ConfigError
 from pipeline.config.base import Settings
-from pipeline.config.data import SOURCES
 from pipeline.config.experiment import Experiment
 from pipeline.config.grid import combinations, overridden, wrong
 from pipeline.config.problems import describe, unknown_key
+from pipeline.config.sources import SOURCES
 from pipeline.config.training import StudentConfig
 
 

@@ -1,28 +1,24 @@
-"""Where images come from. A new data set is one file here, one config class and one `match` arm."""
+"""Where images come from: `open_source` opens a split of any data source in the table of `data.sources`."""
 
 from __future__ import annotations
 
 import difflib
 
 from artifacts.errors import ConfigError
-from pipeline.config import DataConfig, ToyBirds, ToyShapes
+from pipeline.config import DataConfig, Files
 from pipeline.data import protocol
 from pipeline.data.protocol import FindUnreadable
 from pipeline.data.source import FirstRows, RawSample, Source
-from pipeline.data.toys import toybirds, toyshapes
+from pipeline.data.sources import drawer
 
 __all__ = ["RawSample", "Source", "open_source", "split_names"]
 
 
 def split_names(data: DataConfig) -> list[str]:
-    """The splits of a data set. Raises DataError when a folder is missing or empty."""
-    match data:
-        case ToyBirds():
-            return list(toybirds.SPLITS)
-        case ToyShapes():
-            return list(toyshapes.SPLITS)
-        case _:
-            return protocol.split_names(data)
+    """The splits of a data set. Raises DataError if a folder is missing or empty."""
+    if isinstance(data, Files):
+        return protocol.split_names(data)
+    return list(drawer(data).split_names(data))
 
 
 def open_source(
@@ -46,10 +42,6 @@ def open_source(
 def _open(
     data: DataConfig, split: str, shorter_side: int | None, unreadable: FindUnreadable | None
 ) -> Source:
-    match data:
-        case ToyBirds():
-            return toybirds.open_split(data, split)
-        case ToyShapes():
-            return toyshapes.open_split(data, split)
-        case _:
-            return protocol.open_split(data, split, shorter_side, unreadable)
+    if isinstance(data, Files):
+        return protocol.open_split(data, split, shorter_side, unreadable)
+    return drawer(data).open_split(data, split)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import Files, Folder
+from pipeline.config import Files
+from pipeline.config.data import Folder
 from pipeline.data.reading.keys import name_bytes, printable, rank, safe_keys
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.source import RawSample
-from pipeline.data.sources import published
+from pipeline.data.sources import lister
 from pipeline.data.sources.folder import pick
 
 FindUnreadable = Callable[[str, Listing], Collection[str]]
@@ -23,7 +24,7 @@ FindUnreadable = Callable[[str, Listing], Collection[str]]
 
 def split_names(data: Files) -> list[str]:
     """The published splits, and `val` where the config holds one out of `train`. Raises ConfigError where it cannot."""
-    names = published.split_names(data)
+    names = list(lister(data).split_names(data))
     if data.val_per_class is not None and "val" in names:
         raise ConfigError(
             f"data.val_per_class: {data.source} has its own val ({data.root}); remove val_per_class"
@@ -42,7 +43,7 @@ def open_split(
 ) -> ListedSource:
     """A split in the order of its rows. What `unreadable` finds is left out before anything is cut."""
     origin = published_split(data, split)
-    listing = published.open_listing(data, origin)
+    listing = lister(data).open_listing(data, origin)
     _check_once(data, origin, listing)
     left_out = frozenset(unreadable(origin, listing) if unreadable else ())
     entries = [entry for entry in listing.entries if entry.id not in left_out]
@@ -70,7 +71,7 @@ def _check_classes_left(data: Files, split: str, listing: Listing, entries: Sequ
 
 def published_split(data: Files, split: str) -> str:
     """The published split that a split's images come from."""
-    return "train" if split == "val" and "val" not in published.split_names(data) else split
+    return "train" if split == "val" and "val" not in lister(data).split_names(data) else split
 
 
 def cut_together(data: Files, split: str) -> list[str]:
@@ -88,7 +89,11 @@ def _cut(entries: list[Entry], data: Files, split: str, classes: Sequence[str]) 
     """Of the published split's images in order: the first of each class are val, the next ones train."""
     if published_split(data, split) != "train":
         return entries
-    if isinstance(data, Folder) and "val" not in published.split_names(data) and data.val_per_class is None:
+    if (
+        isinstance(data, Folder)
+        and "val" not in lister(data).split_names(data)
+        and data.val_per_class is None
+    ):
         entries = pick(entries, data, split)
     held_out, shots, in_val = data.val_per_class or 0, data.train_per_class, split == "val"
     if not held_out and (in_val or shots is None):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Folder
+from pipeline.config.data import Folder
 from pipeline.data import open_source, split_names
 from pipeline.data.reading.keys import safe_keys
 from pipeline.data.reading.photo import read_photo

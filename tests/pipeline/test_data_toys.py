@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifacts.errors import ConfigError
-from pipeline.config import ToyBirds, ToyShapes
+from pipeline.config.data import ToyBirds, ToyShapes
 from pipeline.data import RawSample, Source, open_source, split_names
 from pipeline.data.toys.blocks import BLOCK, Block, shuffled_rounds
 from pipeline.data.toys.toybirds import draw_block as bird_block

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config import ToyBirds, ViewConfig
+from pipeline.config import ViewConfig
+from pipeline.config.data import ToyBirds
 from pipeline.data import RawSample, open_source
 from pipeline.data.view import CanonicalView
 

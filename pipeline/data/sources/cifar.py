@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Cifar
+from pipeline.config.data import Cifar
 from pipeline.data.reading.files import text_of
 from pipeline.data.reading.listing import Entry, Listing
 

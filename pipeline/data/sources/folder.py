@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Folder
+from pipeline.config.data import Folder
 from pipeline.data.reading.files import image_size
 from pipeline.data.reading.keys import rank
 from pipeline.data.reading.listing import Entry, Listing

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import HuggingFace
+from pipeline.config.data import HuggingFace
 from pipeline.data.reading.annotations import boxes_of, check_range, label_of, numbered, size_below
 from pipeline.data.reading.files import text_of
 from pipeline.data.reading.listing import Entry, Listing

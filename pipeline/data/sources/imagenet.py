@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import ImageNet
+from pipeline.config.data import ImageNet
 from pipeline.data.reading.files import folders_in, images_in, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Sun397
+from pipeline.config.data import Sun397
 from pipeline.data.reading.files import each_once, size_of, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo

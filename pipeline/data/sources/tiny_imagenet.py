@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import TinyImageNet
+from pipeline.config.data import TinyImageNet
 from pipeline.data.reading.files import each_once, size_of, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo

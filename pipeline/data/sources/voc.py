@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Voc
+from pipeline.config.data import Voc
 from pipeline.data.reading.files import each_once, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Waterbirds
+from pipeline.config.data import Waterbirds
 from pipeline.data.reading.annotations import size_below
 from pipeline.data.reading.files import text_of
 from pipeline.data.reading.listing import Entry, Listing

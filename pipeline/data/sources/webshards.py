@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import WebShards
+from pipeline.config.data import WebShards
 from pipeline.data.reading.annotations import boxes_of, check_range, label_of, numbered
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import decode_photo, read_mask

@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import ToyBirds
+from pipeline.config.data import ToyBirds
 from pipeline.data.toys.blocks import Block, DrawnSource, block_rng, shuffled_rounds
 from pipeline.data.toys.drawing import Array, Pose, backgrounds, paint_objects, soft_mask, to_bytes, uniform
 
@@ -40,6 +40,10 @@ WATERBIRD = np.array(
     ],
     np.float32,
 )
+
+
+def split_names(data: ToyBirds) -> list[str]:
+    return list(SPLITS)
 
 
 def open_split(data: ToyBirds, split: str) -> DrawnSource:

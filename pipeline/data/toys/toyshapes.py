@@ -12,12 +12,16 @@ from functools import lru_cache, partial
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import ToyShapes
+from pipeline.config.data import ToyShapes
 from pipeline.data.toys.blocks import Block, DrawnSource, block_rng, shuffled_rounds
 from pipeline.data.toys.drawing import Array, Pose, backgrounds, paint_objects, soft_mask, to_bytes
 
 SPLITS = ("teach", "train", "val", "test")
 Silhouette = Callable[[Array, Array], Array]
+
+
+def split_names(data: ToyShapes) -> list[str]:
+    return list(SPLITS)
 
 
 def open_split(data: ToyShapes, split: str) -> DrawnSource:

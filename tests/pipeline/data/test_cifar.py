@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from artifacts.errors import DataError
-from pipeline.config import Cifar
+from pipeline.config.data import Cifar
 from pipeline.data import open_source, split_names
 
 TEN = ["airplane", "automobile", "bird"]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import HuggingFace
+from pipeline.config.data import HuggingFace
 from pipeline.data import open_source, split_names
 from pipeline.data.reading.parquet import GroupCache, ParquetFile
 from pipeline.data.source import RawSample

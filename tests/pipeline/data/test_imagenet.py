@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import ImageNet
+from pipeline.config.data import ImageNet
 from pipeline.data import Source, open_source, split_names
 
 WNIDS = ["n01440764", "n01443537", "n02000001"]  # in alphabetical order, not that of the devkit's numbers

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import Files, Folder, ImageNet
+from pipeline.config import Files
+from pipeline.config.data import Folder, ImageNet
 from pipeline.data import Source, open_source, split_names
 from pipeline.data.protocol import in_order
 from pipeline.data.reading.keys import rank

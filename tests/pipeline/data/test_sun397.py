@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Sun397
+from pipeline.config.data import Sun397
 from pipeline.data import open_source, split_names
 
 CLASSES = ["/a/abbey", "/a/apartment_building/outdoor", "/b/bar"]

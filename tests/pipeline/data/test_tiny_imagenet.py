@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import TinyImageNet, ViewConfig
+from pipeline.config import ViewConfig
+from pipeline.config.data import TinyImageNet
 from pipeline.data import Source, open_source, split_names
 from pipeline.data.view import CanonicalView
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from artifacts.errors import DataError
-from pipeline.config import Voc, parse
+from pipeline.config import parse
+from pipeline.config.data import Voc
 from pipeline.data import open_source, split_names
 from pipeline.data.pack import pack_split
 from pipeline.data.sources.voc import CLASSES

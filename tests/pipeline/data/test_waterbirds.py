@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import Waterbirds, parse
+from pipeline.config import parse
+from pipeline.config.data import Waterbirds
 from pipeline.data import open_source, split_names
 from pipeline.data.pack import pack_split
 from pipeline.workspace import Layout, Workspace

@@ -15,7 +15,7 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from artifacts.errors import ConfigError, DataError
-from pipeline.config import WebShards
+from pipeline.config.data import WebShards
 from pipeline.data import open_source, split_names
 from pipeline.data.source import RawSample
 
