@@ -8,7 +8,7 @@ from artifacts.errors import ConfigError
 from pipeline.config import DataConfig, Files
 from pipeline.data import protocol
 from pipeline.data.protocol import FindUnreadable
-from pipeline.data.source import FirstRows, RawSample, Source
+from pipeline.data.source import RawSample, Reduced, Source
 from pipeline.data.sources import drawer
 
 __all__ = ["RawSample", "Source", "open_source", "split_names"]
@@ -36,7 +36,7 @@ def open_source(
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
         raise ConfigError(f"data source {data.source} has no split {split!r}; {hint}")
     source = _open(data, split, shorter_side, unreadable)
-    return source if data.limit is None else FirstRows(source, data.limit)
+    return source if data.limit is None else Reduced(source, data.limit)
 
 
 def _open(

@@ -13,7 +13,7 @@ from pipeline.config import DataConfig, Experiment, Files
 from pipeline.data import Source, open_source, split_names
 from pipeline.data.protocol import cut_together
 from pipeline.data.reading.unreadable import UnreadableImages
-from pipeline.data.unlabelled import Unlabelled
+from pipeline.data.source import Reduced
 from pipeline.data.view import CanonicalView
 from pipeline.progress import Progress, Quiet
 from pipeline.workspace import Workspace
@@ -54,7 +54,7 @@ def split_source(workspace: Workspace, split: str, progress: Progress) -> Source
     if not slash:
         return _opened(workspace, workspace.experiment.data, split, "", progress)
     data = _other(workspace.experiment, split, name)
-    return Unlabelled(_opened(workspace, data, inner, name, progress))
+    return Reduced(_opened(workspace, data, inner, name, progress), annotated=False)
 
 
 def _opened(workspace: Workspace, data: DataConfig, split: str, folder: str, progress: Progress) -> Source:

@@ -1,4 +1,5 @@
-"""Which rows of a published data set are train, val and test: the protocols of the paper's experiments."""
+"""Which images of a published data set are train, val and test, and which rows a student sees: the protocols of the
+paper's experiments."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from artifacts.errors import ConfigError, DataError
 from pipeline.config import Files
 from pipeline.config.data import Folder
 from pipeline.data.reading.keys import name_bytes, printable, rank, safe_keys
 from pipeline.data.reading.listing import Entry, Listing
-from pipeline.data.source import RawSample
+from pipeline.data.source import Label, RawSample
 from pipeline.data.sources import lister
 from pipeline.data.sources.folder import pick
 
@@ -23,7 +26,7 @@ FindUnreadable = Callable[[str, Listing], Collection[str]]
 
 
 def split_names(data: Files) -> list[str]:
-    """The published splits, and `val` where the config holds one out of `train`. Raises ConfigError where it cannot."""
+    """The published splits, and `val` if the config holds one out of `train`. Raises ConfigError if it cannot."""
     names = list(lister(data).split_names(data))
     if data.val_per_class is not None and "val" in names:
         raise ConfigError(
@@ -41,7 +44,7 @@ def split_names(data: Files) -> list[str]:
 def open_split(
     data: Files, split: str, shorter_side: int | None, unreadable: FindUnreadable | None = None
 ) -> ListedSource:
-    """A split in the order of its rows. What `unreadable` finds is left out before anything is cut."""
+    """A split in the order of its rows. The images that `unreadable` finds are left out before the split is cut."""
     origin = published_split(data, split)
     listing = lister(data).open_listing(data, origin)
     _check_once(data, origin, listing)
@@ -60,7 +63,7 @@ def open_split(
 
 
 def _check_classes_left(data: Files, split: str, listing: Listing, entries: Sequence[Entry]) -> None:
-    """Raises DataError where a class has lost all of its images."""
+    """Raises DataError if a class has lost all of its images."""
     gone = _labels(listing.entries) - _labels(entries)
     if gone:
         raise DataError(
@@ -71,7 +74,7 @@ def _check_classes_left(data: Files, split: str, listing: Listing, entries: Sequ
 
 def published_split(data: Files, split: str) -> str:
     """The published split that a split's images come from."""
-    return "train" if split == "val" and "val" not in lister(data).split_names(data) else split
+    return "train" if split == "val" and not _has_val(data) else split
 
 
 def cut_together(data: Files, split: str) -> list[str]:
@@ -89,41 +92,57 @@ def _cut(entries: list[Entry], data: Files, split: str, classes: Sequence[str]) 
     """Of the published split's images in order: the first of each class are val, the next ones train."""
     if published_split(data, split) != "train":
         return entries
-    if (
-        isinstance(data, Folder)
-        and "val" not in lister(data).split_names(data)
-        and data.val_per_class is None
-    ):
+    if isinstance(data, Folder) and data.val_per_class is None and not _has_val(data):
         entries = pick(entries, data, split)
     held_out, shots, in_val = data.val_per_class or 0, data.train_per_class, split == "val"
     if not held_out and (in_val or shots is None):
         return entries
     labels = _one_label_each(entries, "val_per_class" if held_out else "train_per_class")
     _check_enough(Counter(labels), held_out + (0 if in_val else shots or 1), data, classes)
-    rule = _as_the_authors if data.split_rule == "authors" else _first_of_each_class
-    val = rule(entries, labels, held_out, data.split_seed)
+    val = _taken(entries, labels, held_out, data)
     if in_val:
-        return [entries[place] for place in sorted(val)]
+        return [entries[position] for position in sorted(val)]
     rest = sorted(set(range(len(entries))) - val)
+    entries, labels = [entries[position] for position in rest], [labels[position] for position in rest]
     if shots is None:
-        return [entries[place] for place in rest]
-    entries, labels = [entries[place] for place in rest], [labels[place] for place in rest]
-    return [entries[place] for place in sorted(rule(entries, labels, shots, data.split_seed))]
+        return entries
+    return [entries[position] for position in sorted(_taken(entries, labels, shots, data))]
 
 
-def _first_of_each_class(entries: Sequence[Entry], labels: Sequence[int], count: int, seed: int) -> set[int]:
-    """Places of the first `count` of each class."""
-    seen: Counter[int] = Counter()
-    places = set()
-    for place, label in enumerate(labels):
+def _has_val(data: Files) -> bool:
+    """Whether the data set is published with a val of its own."""
+    return "val" in lister(data).split_names(data)
+
+
+def _taken(entries: Sequence[Entry], labels: Sequence[int], count: int, data: Files) -> set[int]:
+    """Positions of `count` images of each class, by `data.split_rule`."""
+    if data.split_rule == "authors":
+        return _as_the_authors(entries, labels, count, data.split_seed)
+    return first_of_each_class(labels, count)
+
+
+def first_of_each_class(labels: Iterable[Label], count: int) -> set[int]:
+    """Positions of the first `count` of each class."""
+    seen: Counter[Label] = Counter()
+    positions = set()
+    for position, label in enumerate(labels):
         seen[label] += 1
         if seen[label] <= count:
-            places.add(place)
-    return places
+            positions.add(position)
+    return positions
+
+
+def select_rows(labels: Sequence[Label], rows: int | None, shots: int | None) -> np.ndarray:
+    """The rows of a packed split that a student sees, i64 [N]: the first `rows`, of these the first `shots` of each
+    class."""
+    count = len(labels) if rows is None else min(rows, len(labels))
+    if shots is None:
+        return np.arange(count)
+    return np.array(sorted(first_of_each_class(labels[:count], shots)), np.int64)
 
 
 def _as_the_authors(entries: Sequence[Entry], labels: Sequence[int], count: int, seed: int) -> set[int]:
-    """Places of the images that e2KD's released code takes (its `find_fewshot_indices`, from Big Transfer).
+    """Positions of the images that e2KD's released code takes (its `find_fewshot_indices`, from Big Transfer).
 
     Of the images in the order of torchvision's ImageFolder, shuffled by a torch DataLoader after `manual_seed(seed)`:
     the last `count` of each class, seen until every class has as many.
@@ -131,30 +150,33 @@ def _as_the_authors(entries: Sequence[Entry], labels: Sequence[int], count: int,
     if not count:
         return set()
     by_folder = sorted(
-        range(len(entries)), key=lambda place: (labels[place], *posixpath.split(entries[place].id))
+        range(len(entries)),
+        key=lambda position: (labels[position], *posixpath.split(entries[position].id)),
     )
     latest: dict[int, deque[int]] = {label: deque(maxlen=count) for label in labels}
     missing = count * len(latest)
     for index in _loader_order(len(entries), seed):
-        place = by_folder[index]
-        kept = latest[labels[place]]
+        position = by_folder[index]
+        kept = latest[labels[position]]
         missing -= len(kept) < count
-        kept.append(place)
+        kept.append(position)
         if not missing:
             break
-    return {place for kept in latest.values() for place in kept}
+    return {position for kept in latest.values() for position in kept}
 
 
 def _loader_order(count: int, seed: int) -> list[int]:
     """The order in which `DataLoader(..., shuffle=True)` visits `count` samples after `torch.manual_seed(seed)`."""
-    import torch  # only here: `e2kd pack` does not need it otherwise
+    # Only here: `e2kd pack` does not need it otherwise.
+    import torch
 
     draws = torch.Generator().manual_seed(seed)
 
     def draw() -> int:
         return int(torch.empty((), dtype=torch.int64).random_(generator=draws))
 
-    draw()  # the loader's own seed; its sampler's is the next
+    # The first number is the loader's own seed, the next one its sampler's.
+    draw()
     return torch.randperm(count, generator=torch.Generator().manual_seed(draw())).tolist()
 
 
@@ -230,7 +252,8 @@ class ListedSource:
     def raw(self, row: int) -> RawSample:
         entry, listing = self.entries[row], self.listing
         mask = None if listing.mask is None else listing.mask(entry)
-        whole = mask is not None or entry.boxes is not None  # which are in px of the file: no reduced JPEG
+        # Masks and boxes are in px of the file: no reduced JPEG.
+        whole = mask is not None or entry.boxes is not None
         return RawSample(
             key=self.key(row),
             image=listing.read(entry, None if whole else self.shorter_side),

@@ -45,18 +45,20 @@ class Source(Protocol):
         """Unique in the split, of [A-Za-z0-9_-] only."""
 
     def raw(self, row: int) -> RawSample:
-        """Raises DataError naming the file if the image cannot be read."""
+        """Raises DataError, which names the file, if the image cannot be read."""
 
     def describe(self) -> str:
         """One line that changes whenever the images may have changed."""
 
 
 @dataclass(frozen=True)
-class FirstRows:
-    """The first `count` rows of another source (`data.limit`)."""
+class Reduced:
+    """Less of another source: its first `count` rows (`data.limit`), or its images without labels, groups, boxes and
+    masks (`also`)."""
 
     whole: Source
-    count: int
+    count: int | None = None
+    annotated: bool = True
 
     @property
     def name(self) -> str:
@@ -64,16 +66,18 @@ class FirstRows:
 
     @property
     def classes(self) -> list[str]:
-        return self.whole.classes
+        return self.whole.classes if self.annotated else []
 
     def __len__(self) -> int:
-        return min(self.count, len(self.whole))
+        return len(self.whole) if self.count is None else min(self.count, len(self.whole))
 
     def key(self, row: int) -> str:
         return self.whole.key(row)
 
     def raw(self, row: int) -> RawSample:
-        return self.whole.raw(row)
+        raw = self.whole.raw(row)
+        return raw if self.annotated else RawSample(raw.key, raw.image, source=raw.source)
 
     def describe(self) -> str:
-        return f"first {len(self)} of {self.whole.describe()}"
+        rows = "" if self.count is None else f"first {len(self)} of "
+        return f"{'' if self.annotated else 'without labels: '}{rows}{self.whole.describe()}"

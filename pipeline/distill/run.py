@@ -17,7 +17,7 @@ from artifacts.errors import ConfigError
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import StudentConfig
 from pipeline.data.batches import PairedRows, TrainBatches
-from pipeline.data.rows import select_rows
+from pipeline.data.protocol import select_rows
 from pipeline.distill.compile import CompiledLosses
 from pipeline.distill.online import OnlineTeacher
 from pipeline.distill.prior import WithPrior

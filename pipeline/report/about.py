@@ -11,7 +11,7 @@ from artifacts import ImageSet, TeacherStore
 from artifacts.errors import E2kdError
 from pipeline.config import Experiment, StudentConfig
 from pipeline.data.batches import batches_per_epoch
-from pipeline.data.rows import select_rows
+from pipeline.data.protocol import select_rows
 from pipeline.report.document import Cell, Facts, Table
 from pipeline.report.results import Method, Results, flatten
 from pipeline.report.statistics import summarise

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from artifacts.errors import ConfigError
 from pipeline.config.data import ToyBirds, ToyShapes
 from pipeline.data import RawSample, Source, open_source, split_names
+from pipeline.data.source import Reduced
 from pipeline.data.toys.blocks import BLOCK, Block, shuffled_rounds
 from pipeline.data.toys.toybirds import draw_block as bird_block
 from pipeline.data.toys.toyshapes import SILHOUETTES
@@ -159,7 +160,7 @@ def test_limit_takes_the_first_rows() -> None:
     limited = open_source(ToyBirds(source="toybirds", limit=7), "train")
     assert len(limited) == 7
     assert limited.key(6) == open_source(BIRDS, "train").key(6)
-    assert limited.describe() != open_source(BIRDS, "train").describe()
+    assert limited.describe() == f"first 7 of {open_source(BIRDS, 'train').describe()}"
     assert len(open_source(ToyBirds(source="toybirds", limit=10**6), "train")) == 2000
 
 
@@ -168,3 +169,15 @@ def test_an_unknown_split_is_named_with_a_suggestion() -> None:
         open_source(BIRDS, "test_ood")
     with pytest.raises(ConfigError, match="it has teach, train, val, test"):
         open_source(SHAPES, "zzz")
+
+
+def test_without_annotations_only_the_image_is_left() -> None:
+    """Its description, which packed sets keep, is that of the first edition."""
+    whole = open_source(ToyBirds(source="toybirds", limit=7), "train")
+    plain = Reduced(whole, annotated=False)
+    assert (plain.name, plain.classes, len(plain)) == (whole.name, [], 7)
+    assert plain.describe() == f"without labels: first 7 of {open_source(BIRDS, 'train').describe()}"
+    raw, bare = whole.raw(3), plain.raw(3)
+    assert (bare.key, bare.source) == (plain.key(3), raw.source)
+    assert bare.image.tobytes() == raw.image.tobytes()
+    assert (bare.label, bare.group, bare.boxes, bare.mask) == (None, None, None, None)

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from artifacts.errors import ConfigError, DataError
 from pipeline.config import Files
 from pipeline.config.data import Folder, ImageNet
 from pipeline.data import Source, open_source, split_names
-from pipeline.data.protocol import in_order
+from pipeline.data.protocol import in_order, select_rows
 from pipeline.data.reading.keys import rank
 from pipeline.data.reading.listing import Entry
 
@@ -210,3 +211,13 @@ def test_images_without_labels_have_none_per_class(root: Path) -> None:
         ConfigError, match=r"data\.val_per_class needs one label an image, but .* has no label"
     ):
         open_source(data, "val")
+
+
+def test_a_students_rows_are_the_first_ones_and_of_these_the_first_of_each_class() -> None:
+    labels = [0, 1, 0, None, 1, 0, 1]
+    assert select_rows(labels, None, None).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert select_rows(labels, 9, None).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert select_rows(labels, 5, None).tolist() == [0, 1, 2, 3, 4]
+    assert select_rows(labels, None, 2).tolist() == [0, 1, 2, 3, 4]
+    assert select_rows(labels, 4, 1).tolist() == [0, 1, 3]
+    assert select_rows([], None, 1).dtype == np.int64
