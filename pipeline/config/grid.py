@@ -7,7 +7,6 @@ Only students' keys are swept, so that all runs share one packed set and one sto
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from pipeline.config.problems import unknown_key
+from pipeline.config.problems import did_you_mean, unknown_key
 from pipeline.config.training import StudentConfig
 
 LONGEST = 200
@@ -98,8 +97,7 @@ def _overridden(own: StudentConfig, overrides: Mapping[str, Any]) -> StudentConf
 
 def _wrong_grid(name: str, grid: Any, students: Mapping[str, Any]) -> list[str]:
     if name not in students:
-        near = difflib.get_close_matches(name, list(students), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the students are {', '.join(students)}"
+        hint = did_you_mean(name, students, f"the students are {', '.join(students)}")
         return [f"sweep.{name}: no such student; {hint}"]
     if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) for values in grid.values()):
         return [f"sweep.{name}: write it as key: [value, value], e.g. temperature: [1, 5]"]

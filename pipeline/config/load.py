@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from artifacts.errors import ConfigError
 from pipeline.config.base import Settings
 from pipeline.config.experiment import Experiment
 from pipeline.config.grid import combinations, overridden, wrong
-from pipeline.config.problems import describe, unknown_key
+from pipeline.config.problems import describe, near, unknown_key
 from pipeline.config.sources import SOURCES
 from pipeline.config.training import StudentConfig
 
@@ -93,8 +92,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)  # a SafeLoader
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}.yaml?" if near else "; the configs are in configs/"
+        nearest = near(path.stem, (other.stem for other in path.parent.glob("*.yaml")))
+        hint = (
+            f"; did you mean {path.parent / nearest[0]}.yaml?" if nearest else "; the configs are in configs/"
+        )
         raise ConfigError(f"no config file {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None

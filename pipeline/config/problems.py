@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -11,11 +11,24 @@ from pydantic import BaseModel
 Tags = Mapping[str, type[BaseModel]]
 
 
+def near(given: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """At most `count` of the `known` names, those that are spelled most as `given`, the nearest first.
+
+    `cutoff`: the least similarity, 0..1 (`difflib.get_close_matches`).
+    """
+    return difflib.get_close_matches(given, list(known), n=count, cutoff=cutoff)
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """The end of a message about the unknown name `given`: the known name that is near, else the words `otherwise`."""
+    nearest = near(given, known, cutoff=cutoff)
+    return f"did you mean {nearest[0]}?" if nearest else otherwise
+
+
 def unknown_key(location: str, known: Sequence[str]) -> str:
     """`location` is not one of the `known` keys of its section."""
-    near = difflib.get_close_matches(location.rsplit(".", 1)[-1], known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}" if known else ""
-    return f"{location}: unknown key{hint}"
+    hint = did_you_mean(location.rsplit(".", 1)[-1], known, f"known keys: {', '.join(known)}")
+    return f"{location}: unknown key" + (f"; {hint}" if known else "")
 
 
 def describe(problem: Any, root: type[BaseModel], tags: Tags, more_keys: Sequence[str] = ()) -> str:
@@ -40,7 +53,7 @@ def describe(problem: Any, root: type[BaseModel], tags: Tags, more_keys: Sequenc
             return f"{where}: source is missing; one of {', '.join(sorted(tags))}"
         case "union_tag_invalid":
             given = str(problem["ctx"]["tag"])
-            return f"{where}.source: {given!r} is unknown{_near(given, sorted(tags))}"
+            return f"{where}.source: {given!r} is unknown; {_near(given, sorted(tags))}"
         case "value_error":
             return f"{where}: {problem['ctx']['error']}"
         case _:
@@ -49,12 +62,11 @@ def describe(problem: Any, root: type[BaseModel], tags: Tags, more_keys: Sequenc
 
 def _bad_choice(where: str, problem: Any) -> str:
     choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-    return f"{where}: {problem['input']!r} is unknown{_near(str(problem['input']), choices)}"
+    return f"{where}: {problem['input']!r} is unknown; {_near(str(problem['input']), choices)}"
 
 
 def _near(given: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, choices, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; one of {', '.join(choices)}"
+    return did_you_mean(given, choices, f"one of {', '.join(choices)}")
 
 
 def _lower(message: str) -> str:

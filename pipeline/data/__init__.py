@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 from artifacts.errors import ConfigError
 from pipeline.config import DataConfig, Files
+from pipeline.config.problems import did_you_mean
 from pipeline.data import protocol
 from pipeline.data.protocol import FindUnreadable
 from pipeline.data.source import RawSample, Reduced, Source
@@ -32,8 +31,7 @@ def open_source(
     """
     known = split_names(data)
     if split not in known:
-        near = difflib.get_close_matches(split, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        hint = did_you_mean(split, known, f"it has {', '.join(known)}")
         raise ConfigError(f"data source {data.source} has no split {split!r}; {hint}")
     source = _open(data, split, shorter_side, unreadable)
     return source if data.limit is None else Reduced(source, data.limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 
 from artifacts import ImageSet, open_images
@@ -10,6 +9,7 @@ from artifacts.errors import ConfigError
 from artifacts.packing import write_images
 from artifacts.places import Place
 from pipeline.config import DataConfig, Experiment, Files
+from pipeline.config.problems import did_you_mean
 from pipeline.data import Source, open_source, split_names
 from pipeline.data.protocol import cut_together
 from pipeline.data.reading.unreadable import UnreadableImages
@@ -78,9 +78,8 @@ def _begun(data: Files, split: str, beside: Place) -> list[str]:
 
 def _other(experiment: Experiment, split: str, name: str) -> DataConfig:
     if name not in experiment.also:
-        near = difflib.get_close_matches(name, experiment.also, n=1)
         known = f"it has {', '.join(experiment.also)}" if experiment.also else "it is empty"
-        hint = f"did you mean {near[0]!r}?" if near else known
+        hint = did_you_mean(name, experiment.also, known)
         raise ConfigError(f"split {split!r}: the section also has no {name!r}; {hint}")
     if name in split_names(experiment.data):
         raise ConfigError(f"also.{name} has the name of a split of data; give it another name")

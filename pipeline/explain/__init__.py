@@ -6,11 +6,10 @@ see all of it, and returns an `Explained`.
 
 from __future__ import annotations
 
-import difflib
-
 from torch import Tensor, nn
 
 from artifacts.errors import ConfigError, ModelError
+from pipeline.config.problems import did_you_mean
 from pipeline.explain.bcos import BCos, contributions
 from pipeline.explain.gradcam import LOGITS, Classes, Explained, GradCAM
 from pipeline.models.bcos import BCosClassifier, bcos_classifier
@@ -49,7 +48,4 @@ def heat(maps: Tensor, images: Tensor) -> Tensor:
 
 def _check(what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(
-            f"unknown {what} {name!r}; " + (f"did you mean {close[0]}?" if close else f"use {known}")
-        )
+        raise ConfigError(f"unknown {what} {name!r}; {did_you_mean(name, known, f'use {known}')}")

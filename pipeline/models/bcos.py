@@ -17,7 +17,6 @@ B-cos/B-cos-v2; `weights: bcos:TAG`) load as they are:
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from typing import Any
@@ -28,6 +27,7 @@ from bcos.modules import BcosConv2d, BcosLinear, BcosSequential, LogitLayer, nor
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
+from pipeline.config.problems import near
 from pipeline.models.bcos_layers import hold_layers
 
 CONVOLUTIONAL = ("resnet18", "resnet34", "resnet50", "densenet169")
@@ -83,7 +83,7 @@ def build_bcos(name: str, classes: int, width: int = 16) -> nn.Module:
             f"a B-cos network needs at least 2 classes, not {classes}: its bias is -log(classes - 1)"
         )
     if name not in NAMES:
-        close = " or ".join(difflib.get_close_matches(name, NAMES)) or f"one of {', '.join(NAMES)}"
+        close = " or ".join(near(name, NAMES, 3)) or f"one of {', '.join(NAMES)}"
         raise ModelError(f"unknown B-cos model {name!r}; did you mean {close}?")
     net = _transformer(name, classes) if name in TRANSFORMERS else _convolutional(name, classes, width)
     return hold_layers(net)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from artifacts.errors import ModelError
 from pipeline.config import ModelConfig
+from pipeline.config.problems import near
 from pipeline.models import lite
 from pipeline.models.bcos import TRANSFORMERS, BCosClassifier, build_bcos
 from pipeline.models.classifier import Classifier
@@ -140,7 +140,7 @@ def _check_name(family: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name in names:
         return
-    close = difflib.get_close_matches(name, names, n=3)
+    close = near(name, names, 3)
     mend = " or ".join(f"{family}/{match}" for match in close) or f"one of {', '.join(names[:5])}, ..."
     raise ModelError(f"unknown model {family}/{name}; did you mean {mend}?")
 

@@ -7,11 +7,11 @@ from these rows (tests/pipeline/test_report_paper.py). Fig. 2 has no numbers in 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from artifacts.errors import ConfigError
+from pipeline.config.problems import did_you_mean
 
 Row = Mapping[str, float]
 """Metric -> value in 0..1."""
@@ -46,8 +46,7 @@ def table(name: str) -> PaperTable:
     """The table called `name`, e.g. `table1/50-shots`. Raises ConfigError with a "did you mean" for another name."""
     if name in TABLES:
         return TABLES[name]
-    near = difflib.get_close_matches(name, TABLES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(TABLES)}"
+    hint = did_you_mean(name, TABLES, f"use one of {', '.join(TABLES)}", cutoff=0.4)
     raise ConfigError(f"paper: there is no {name!r} among the paper's tables; {hint}")
 
 

@@ -165,7 +165,7 @@ def test_limit_takes_the_first_rows() -> None:
 
 
 def test_an_unknown_split_is_named_with_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match=r"no split 'test_ood'; did you mean 'test-ood'\?"):
+    with pytest.raises(ConfigError, match=r"no split 'test_ood'; did you mean test-ood\?"):
         open_source(BIRDS, "test_ood")
     with pytest.raises(ConfigError, match="it has teach, train, val, test"):
         open_source(SHAPES, "zzz")

@@ -52,5 +52,5 @@ def test_optional_libraries_wait_for_the_source_that_needs_them() -> None:
 
 def test_a_source_without_a_split_says_which_it_has() -> None:
     data = parse({"data": {"source": "toybirds"}, **REST}).data
-    with pytest.raises(ConfigError, match="no split 'tests'; did you mean 'test-id'"):
+    with pytest.raises(ConfigError, match="no split 'tests'; did you mean test-id"):
         open_source(data, "tests")

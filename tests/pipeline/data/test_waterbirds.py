@@ -94,7 +94,7 @@ def test_splits_and_groups(root: Path, split: str, groups: list[int]) -> None:
 
 def test_all_splits_are_named(root: Path) -> None:
     assert split_names(data(root)) == ["train", "val", "test", "test-id", "test-ood", "val-id", "val-ood"]
-    with pytest.raises(ConfigError, match="did you mean 'test-ood'"):
+    with pytest.raises(ConfigError, match="did you mean test-ood"):
         open_source(data(root), "test-od")
 
 
