@@ -12,8 +12,9 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -80,17 +81,35 @@ class ImageSet:
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
-    @property
-    def keys(self) -> list[str]:
+    @cached_property
+    def keys(self) -> Sequence[str]:
+        """By row."""
         return [key for rows in self._all_lists() for key in rows.keys]
 
-    @property
-    def labels(self) -> list[Label]:
+    @cached_property
+    def labels(self) -> Sequence[Label]:
+        """By row."""
         return [label for rows in self._all_lists() for label in rows.labels]
 
-    @property
-    def groups(self) -> list[int | None]:
+    @cached_property
+    def groups(self) -> Sequence[int | None]:
+        """By row."""
         return [group for rows in self._all_lists() for group in rows.groups]
+
+    @cached_property
+    def multilabel(self) -> bool:
+        """Whether some image has a list of labels, which may be empty."""
+        return any(isinstance(label, tuple) for label in self.labels)
+
+    @cached_property
+    def label_column(self) -> np.ndarray:
+        """i64 [rows], read-only: the label, -1 for an image without one and for one with a list of labels."""
+        return _column(label if isinstance(label, int) else None for label in self.labels)
+
+    @cached_property
+    def group_column(self) -> np.ndarray:
+        """i64 [rows], read-only: the group, -1 for an image without one."""
+        return _column(self.groups)
 
     def shard_rows(self, shard: int) -> range:
         info = self.shards[shard]
@@ -193,6 +212,12 @@ class ImageSet:
             if attempt or not self.place.distrust(info.name, info.sha256):
                 break
         raise self._damaged(row, f"the checksum of its {extension} differs")
+
+
+def _column(values: Iterable[int | None]) -> np.ndarray:
+    column = np.array([-1 if value is None else value for value in values], np.int64)
+    column.setflags(write=False)
+    return column
 
 
 def _boxes(about: dict[str, Any]) -> np.ndarray | None:

@@ -92,11 +92,12 @@ class PairedRows(Dataset[Batch]):
         self.images, self.store = images, store
         self.rows = np.arange(len(images)) if rows is None else np.sort(np.asarray(rows))
         self.masks = masks if masks != "any" or _annotated(images, self.rows) else None
-        labels = images.labels
-        self.multilabel = any(isinstance(label, tuple) for label in labels)
-        self.labelled = all(labels[row] is not None for row in self.rows.tolist())
-        self._labels = _label_table(labels, len(images.classes)) if self.multilabel else _label_column(labels)
-        self._groups = _group_column(images)
+        self.multilabel = images.multilabel
+        self.labelled = all(images.labels[row] is not None for row in self.rows.tolist())
+        self._labels = (
+            _label_table(images.labels, len(images.classes)) if self.multilabel else images.label_column
+        )
+        self._groups = None if set(images.groups) <= {None} else images.group_column
         self._mask_cache: dict[int, np.ndarray] = {}
         self._box_cache: dict[int, np.ndarray | None] = {}
         self._cached: np.ndarray | None = None
@@ -176,11 +177,6 @@ class PairedRows(Dataset[Batch]):
         )
 
 
-def _label_column(labels: Sequence[Label]) -> np.ndarray:
-    """i64 [rows], -1 where unlabelled."""
-    return np.array([label if isinstance(label, int) else -1 for label in labels], np.int64)
-
-
 def _label_table(labels: Sequence[Label], classes: int) -> np.ndarray:
     """f32 [rows, classes] of 0 and 1."""
     table = np.zeros((len(labels), classes), np.float32)
@@ -188,13 +184,6 @@ def _label_table(labels: Sequence[Label], classes: int) -> np.ndarray:
         present = label if isinstance(label, tuple) else () if label is None else (label,)
         table[row, list(present)] = 1
     return table
-
-
-def _group_column(images: ImageSet) -> np.ndarray | None:
-    """i64 [rows], -1 where a row has none; None where all have none."""
-    if all(group is None for group in images.groups):
-        return None
-    return np.array([-1 if group is None else group for group in images.groups], np.int64)
 
 
 def _annotated(images: ImageSet, rows: np.ndarray) -> bool:

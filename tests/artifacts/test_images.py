@@ -38,6 +38,21 @@ def test_lossless_formats_give_back_every_field(tmp_path: Path, tools: Any, imag
     assert images.groups == [tools.sample(row).group for row in range(tools.rows)]
 
 
+def test_columns_are_built_once(tmp_path: Path, tools: Any) -> None:
+    """Reports and training ask for them row by row: a set of a million rows cannot build a list at each question."""
+    images = tools.pack(tmp_path / "set")
+    for name in ("keys", "labels", "groups", "label_column", "group_column"):
+        assert getattr(images, name) is getattr(images, name), name
+    labels, groups = images.labels, images.groups
+    assert images.multilabel
+    assert images.label_column.tolist() == [label if isinstance(label, int) else -1 for label in labels]
+    assert images.group_column.tolist() == [-1 if group is None else group for group in groups]
+    for column in (images.label_column, images.group_column):
+        assert column.dtype == np.int64
+        with pytest.raises(ValueError, match="read-only"):
+            column[0] = 7
+
+
 def test_jpeg_is_close_on_smooth_images(tmp_path: Path, tools: Any) -> None:
     ramp = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8) * 8
     images = tools.pack(
