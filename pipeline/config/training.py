@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -159,10 +159,13 @@ class TeacherConfig(ModelConfig):
         return self
 
 
+PriorName = Literal["at", "reviewkd", "catkd", "crd"]
+
+
 class PriorConfig(Settings):
     """A prior method's loss on the online teacher's features, beside the logit loss: the paper's comparisons."""
 
-    method: Literal["at", "reviewkd", "catkd", "crd"]
+    method: PriorName
     weight: NonNegative | None = Field(
         None, description="default: the method's own (at 1000, reviewkd 1, catkd 1, crd 0.8)"
     )
@@ -173,6 +176,19 @@ class PriorConfig(Settings):
     ramp: Annotated[int, Field(ge=0)] = Field(
         20, description="reviewkd: epochs until its full weight; its ImageNet recipe: 0"
     )
+
+    settings_of: ClassVar[dict[str, PriorName]] = {"pool": "catkd", "negatives": "crd", "ramp": "reviewkd"}
+
+    @model_validator(mode="after")
+    def _every_setting_acts(self) -> PriorConfig:
+        """A default passes, because a dumped config names them all."""
+        for key, method in self.settings_of.items():
+            default = type(self).model_fields[key].default
+            if method != self.method and getattr(self, key) != default:
+                raise ValueError(
+                    f"{key} is a setting of {method} and does nothing with {self.method}; remove it"
+                )
+        return self
 
 
 class StudentConfig(Schedule, ModelConfig):

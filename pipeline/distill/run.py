@@ -20,7 +20,7 @@ from pipeline.data.batches import PairedRows, TrainBatches
 from pipeline.data.protocol import select_rows
 from pipeline.distill.compile import CompiledLosses
 from pipeline.distill.online import OnlineTeacher
-from pipeline.distill.prior import WithPrior
+from pipeline.distill.prior import TrainingRows, WithPrior
 from pipeline.distill.prior import build as build_prior
 from pipeline.distill.step import StudentStep, loss_terms
 from pipeline.evaluate.students import evaluate_student, score_student, scored_rows
@@ -175,12 +175,10 @@ def _with_prior(workspace: Workspace, settings: StudentConfig, parts: _Parts) ->
         raise ConfigError(
             "prior method crd keeps its memory in one process; train this student without torchrun"
         )
-    every = data.images.labels
-    labels = [every[row] for row in data.rows.tolist()]
-    known = torch.tensor([label if isinstance(label, int) else -1 for label in labels])
-    rows, size = torch.from_numpy(data.rows), data.images.size
+    labels = torch.from_numpy(data.images.label_column[data.rows])
+    images = TrainingRows(data.images.size, torch.from_numpy(data.rows), labels)
     theirs = cast(Explainable, parts.teacher.model)
-    prior = build_prior(settings.prior, parts.explainer, parts.net, theirs, size, rows, known)
+    prior = build_prior(settings.prior, parts.explainer, parts.net, theirs, images)
     if distributed:
         # ReviewKD's adapters have batch norms too
         convert(prior.method)

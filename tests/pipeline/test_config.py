@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from artifacts.errors import ConfigError
 from pipeline.config import dump, load, parse
@@ -128,8 +129,6 @@ def test_seeds_that_no_generator_takes(seed: int) -> None:
 
 
 def test_resolved_config_round_trips() -> None:
-    import yaml
-
     experiment = parse(MINIMAL)
     again = parse({**yaml.safe_load(dump(experiment)), "train": MINIMAL["train"]})
     assert again == experiment
@@ -181,8 +180,6 @@ def test_a_dumped_sweep_loads_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_sweep_is_turned_off(tmp_path: Path) -> None:
-    import yaml
-
     file = tmp_path / "x.yaml"
     file.write_text(yaml.safe_dump(SWEPT))
     off = load(file, ["sweep={}", "evaluate.select=null"])
@@ -253,3 +250,30 @@ def test_a_data_set_on_disk_has_a_folder(root: str) -> None:
     data = {"source": "waterbirds", "root": ".", "cub": root}
     with pytest.raises(ConfigError, match=r"data\.cub: is empty"):
         parse({**MINIMAL, "data": data})
+
+
+def with_prior(**prior: object) -> dict[str, object]:
+    return {**MINIMAL, "students": {"s": {"loss": "ce", "mode": "online", "prior": prior}}}
+
+
+@pytest.mark.parametrize(
+    ("key", "of", "other"),
+    [("pool", "catkd", "at"), ("negatives", "crd", "reviewkd"), ("ramp", "reviewkd", "crd")],
+)
+def test_a_setting_of_another_prior_method_is_refused(key: str, of: str, other: str) -> None:
+    assert getattr(parse(with_prior(method=of, **{key: 7})).students["s"].prior, key) == 7
+    with pytest.raises(
+        ConfigError, match=rf"students\.s\.prior: {key} is a setting of {of} and does nothing with {other}"
+    ):
+        parse(with_prior(method=other, **{key: 7}))
+
+
+@pytest.mark.parametrize("method", ["at", "reviewkd", "catkd", "crd"])
+def test_a_dumped_prior_method_loads_again_and_can_be_swept(method: str) -> None:
+    """A dumped config names the defaults of every method."""
+    experiment = parse(
+        {**with_prior(method=method), "evaluate": {"select": "val"}, "sweep": {"s": {"prior.weight": [1, 5]}}}
+    )
+    assert [student.prior.weight for student in experiment.students.values() if student.prior] == [1, 5]
+    again = parse(yaml.safe_load(dump(experiment)))
+    assert again.students == experiment.students

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from artifacts.errors import ConfigError, DataError, ModelError
 from pipeline import explain as explainers
 from pipeline.config import Experiment, ModelConfig, PriorConfig
-from pipeline.distill.prior import Beside, build
+from pipeline.config.training import PriorName
+from pipeline.distill.prior import METHODS, Beside, TrainingRows, build
 from pipeline.distill.prior.feature_stages import Stages
 from pipeline.distill.prior.losses import (
     AttentionTransfer,
@@ -116,7 +117,7 @@ def test_a_head_without_class_activation_maps_is_named_before_training() -> None
     )
     settings = PriorConfig(method="catkd")
     with pytest.raises(ModelError, match="SqueezeNet has no linear layer from its last"):
-        build(settings, explainers.build("auto", model), model, teacher, 64, ROWS, ROWS)
+        build(settings, explainers.build("auto", model), model, teacher, TrainingRows(64, ROWS, ROWS))
 
 
 def test_a_transformer_has_no_stages() -> None:
@@ -193,16 +194,16 @@ def test_negatives_are_of_other_classes_and_all_of_them() -> None:
     torch.manual_seed(0)
     rows, labels = torch.tensor([3, 5, 8, 9, 11, 20]), torch.tensor([1, 0, 1, 2, 0, 2])
     contrast = Contrast(4, 4, rows, labels, 400)
-    places = contrast.places[rows]  # type: ignore[index]
-    assert sorted(places.tolist()) == list(range(6))
+    slots = contrast.slots[rows]  # type: ignore[index]
+    assert sorted(slots.tolist()) == list(range(6))
     label_at = torch.empty(6, dtype=torch.int64)
-    label_at[places] = labels
-    for row, chosen in zip(range(6), contrast._other_classes(places), strict=True):
-        expected = {place for place in range(6) if label_at[place] != labels[row]}
+    label_at[slots] = labels
+    for row, chosen in zip(range(6), contrast._other_classes(slots), strict=True):
+        expected = {slot for slot in range(6) if label_at[slot] != labels[row]}
         assert set(chosen.tolist()) == expected
     unlabelled = Contrast(4, 4, rows, torch.full((6,), -1), 400)
-    for place, chosen in zip(range(6), unlabelled._other_classes(torch.arange(6)), strict=True):
-        assert set(chosen.tolist()) == set(range(6)) - {place}
+    for slot, chosen in zip(range(6), unlabelled._other_classes(torch.arange(6)), strict=True):
+        assert set(chosen.tolist()) == set(range(6)) - {slot}
 
 
 def test_a_sample_without_negatives_is_an_error() -> None:
@@ -224,7 +225,7 @@ def test_contrast_is_the_papers_estimate_on_both_sides() -> None:
     for side in (0, 1):
         embedded = contrast.embeddings[side](seen[side].features[-1].mean((2, 3)))[0]
         embedded = (embedded / embedded.norm()).detach()
-        raw = [math.exp(float(contrast.memory[1 - side, place] @ embedded) / 0.07) for place in chosen]
+        raw = [math.exp(float(contrast.memory[1 - side, slot] @ embedded) / 0.07) for slot in chosen]
         constant = sum(raw) / len(raw) * 3
         assert float(contrast.normaliser[side]) == pytest.approx(constant, rel=1e-5)
         noise = 500 / 3
@@ -260,6 +261,10 @@ def test_contrast_remembers_and_keeps_its_constant() -> None:
     assert second != first
 
 
+def test_the_table_has_one_row_for_each_name_in_the_config() -> None:
+    assert tuple(METHODS) == get_args(PriorName)
+
+
 PRIORS: dict[str, dict[str, Any]] = {
     "at": {"method": "at"},
     "reviewkd": {"method": "reviewkd"},
@@ -276,7 +281,7 @@ def test_gradients_reach_the_first_layer_and_every_adapter(name: str, kind: str)
     explainer = explainers.build("auto", student)
     rows, labels = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
     settings = PriorConfig.model_validate(PRIORS[name])
-    with_prior = build(settings, explainer, student, teacher, 32, rows, labels).train()
+    with_prior = build(settings, explainer, student, teacher, TrainingRows(32, rows, labels)).train()
     images = torch.rand(6, 3, 32, 32)
     answer, seen = with_prior.ask(explainers.build("auto", teacher.eval()), images, None, True)
     found = with_prior(images, answer.classes, differentiable=True, beside=Beside(seen, rows, 20))
@@ -297,7 +302,9 @@ def test_three_steps_lower_the_prior_loss(name: str, kind: str) -> None:
     student, teacher = (build_model(ModelConfig(model=kind, width=width), 3) for width in (4, 8))
     rows, labels = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
     settings = PriorConfig.model_validate(PRIORS[name])
-    module = build(settings, explainers.build("auto", student), student, teacher, 32, rows, labels).train()
+    module = build(
+        settings, explainers.build("auto", student), student, teacher, TrainingRows(32, rows, labels)
+    ).train()
     images = torch.rand(6, 3, 32, 32)
     optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
     _, seen = module.ask(explainers.build("auto", teacher.eval()), images, None, False)

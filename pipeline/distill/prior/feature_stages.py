@@ -21,14 +21,14 @@ MOST = 4
 class Stages:
     """The last block of each spatial size in a network, and for B-cos networks the module that gives class maps.
 
-    A size's blocks are modules with modules of their own, or, where it has none, single layers. What a block computes
+    A size's blocks are modules with modules of their own, or, if it has none, single layers. What a block computes
     on its way to a smaller size (the first convolutions of a bottleneck) ends no stage. The last stage is what the head
-    is given. Sizes of 1 x 1 are left out. Raises ModelError where a network has no such features.
+    is given. Sizes of 1 x 1 are left out. Raises ModelError if a network has no such features.
     """
 
     def __init__(self, model: Explainable, image_size: int) -> None:
         self._model = model
-        steps, found, given = _rehearsal(model, image_size)
+        steps, outputs, given = _rehearsal(model, image_size)
         head = _class_maps(model, steps) if isinstance(model, BCosClassifier) else None
         steps = [step for step in steps if head is None or not _inside(step.name, head)]
         steps = [step for step in steps if step.side > 1]
@@ -37,38 +37,38 @@ class Stages:
         self.class_maps = head
         chosen = _ends(steps, model.net)[-MOST:]
         self.names, self.shapes = [step.name for step in chosen], [step.shape for step in chosen]
-        self._rectified = _is_rectified(found[self.names[-1]], given, model)
+        self._rectified = _is_rectified(outputs[self.names[-1]], given, model)
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
         """Inside, a forward pass of the network leaves its stages' outputs in the dict, by module name."""
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         modules = dict(self._model.net.named_modules())
         wanted = [*self.names, *([self.class_maps] if self.class_maps else [])]
         with ExitStack() as hooks:
             for name in wanted:
-                hooks.callback(modules[name].register_forward_hook(partial(_keep, found, name)).remove)
-            yield found
+                hooks.callback(modules[name].register_forward_hook(partial(_keep, outputs, name)).remove)
+            yield outputs
 
-    def features(self, found: dict[str, Tensor]) -> list[Tensor]:
+    def features(self, outputs: dict[str, Tensor]) -> list[Tensor]:
         """The stages' features [B,D,h,w] of a recorded pass, from shallow to deep."""
-        features = [found[name] for name in self.names]
+        features = [outputs[name] for name in self.names]
         return [*features[:-1], torch.relu(features[-1])] if self._rectified else features
 
     def need_activation_maps(self) -> None:
-        """Raises ModelError where `activation_maps` has no linear layer to apply."""
+        """Raises ModelError if `activation_maps` has no linear layer to apply."""
         if self.class_maps is None:
             self._linear()
 
-    def activation_maps(self, found: dict[str, Tensor]) -> Tensor:
+    def activation_maps(self, outputs: dict[str, Tensor]) -> Tensor:
         """Class activation maps [B,C,h,w] (Zhou et al. 2016): the last linear layer at every place of the features.
 
         Its bias, and what lies between pooling and that layer, are left out. B-cos networks compute such maps
         themselves.
         """
         if self.class_maps is not None:
-            return found[self.class_maps]
-        return torch.einsum("bdhw,cd->bchw", self.features(found)[-1], self._linear().weight)
+            return outputs[self.class_maps]
+        return torch.einsum("bdhw,cd->bchw", self.features(outputs)[-1], self._linear().weight)
 
     def _linear(self) -> nn.Linear:
         shape = (self._model.classes, self.shapes[-1][1])
@@ -93,8 +93,8 @@ class _Step(NamedTuple):
         return self.shape[-1]
 
 
-def _keep(found: dict[str, Tensor], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    found[name] = output
+def _keep(outputs: dict[str, Tensor], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    outputs[name] = output
 
 
 def _square(value: Any) -> bool:
@@ -106,13 +106,13 @@ def _rehearsal(model: Explainable, size: int) -> tuple[list[_Step], dict[str, Te
     """A pass without gradients up to the head (a B-cos network's maps follow it): what the modules did, in the order in
     which they finish; their outputs; and what the pass gave. The model and the random state stay as they were."""
     steps: dict[str, _Step] = {}
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if _square(output):
             steps.pop(name, None)
             entered = args[0].shape[-1] if args and _square(args[0]) else None
-            steps[name], found[name] = _Step(name, entered, output.shape), output
+            steps[name], outputs[name] = _Step(name, entered, output.shape), output
 
     training, device = model.training, next(model.parameters()).device
     images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -123,7 +123,7 @@ def _rehearsal(model: Explainable, size: int) -> tuple[list[_Step], dict[str, Te
         model.eval()
         given = model(images) if isinstance(model, BCosClassifier) else model.features(images)
         model.train(training)
-    return list(steps.values()), found, given
+    return list(steps.values()), outputs, given
 
 
 def _inside(name: str, block: str) -> bool:
@@ -133,9 +133,8 @@ def _inside(name: str, block: str) -> bool:
 def _ends(steps: list[_Step], net: nn.Module) -> list[_Step]:
     """The last block of each size, in the order in which they finish; of the last size, the last module of any kind."""
     modules = dict(net.named_modules())
-    reducing = [
-        step for step in steps if type(modules[step.name]) is not nn.Sequential
-    ]  # those are mere chains
+    # An nn.Sequential is a mere chain.
+    reducing = [step for step in steps if type(modules[step.name]) is not nn.Sequential]
     chosen: dict[int, _Step] = {}
     for step in steps:
         if any(_inside(step.name, block.name) and _passes(step, block) for block in reducing):

@@ -141,14 +141,15 @@ def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
 class Contrast(nn.Module):
     """Noise-contrastive estimation between the student's and the teacher's embedding of the same image.
 
-    Negatives come from memories of both networks' embeddings of all training rows: drawn uniformly, with replacement,
-    of other classes where labels are known and of other images where not. The normalising constants are estimated in
-    the first batch. In fp32 under autocast too. One process only: the memories are not shared.
+    Negatives come from memories of both networks' embeddings of all training rows, a slot for each row: drawn
+    uniformly, with replacement, of other classes if labels are known and of other images if not. The normalising
+    constants are estimated in the first batch. In fp32 under autocast too. One process only: the memories are not
+    shared.
     """
 
     normaliser: Tensor
     memory: Tensor
-    places: Tensor
+    slots: Tensor
     spans: Tensor
 
     def __init__(
@@ -156,12 +157,12 @@ class Contrast(nn.Module):
     ) -> None:
         """Channels of the last features; rows of the image set i64 [N]; their labels i64 [N], -1: unlabelled.
 
-        Raises DataError where an image has no negatives.
+        Raises DataError if an image has no negatives.
         """
         super().__init__()
         self.embeddings = nn.ModuleList([nn.Linear(student, width), nn.Linear(teacher, width)])
-        places, spans = _by_class(rows, labels)
-        self.register_buffer("places", places, persistent=False)
+        slots, spans = _by_class(rows, labels)
+        self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("spans", spans, persistent=False)
         scale = (width / 3) ** -0.5
         self.register_buffer("memory", (torch.rand(2, len(rows), width) * 2 - 1) * scale)
@@ -175,45 +176,46 @@ class Contrast(nn.Module):
             embedded = [
                 F.normalize(layer(x), dim=1) for layer, x in zip(self.embeddings, pooled, strict=True)
             ]
-            place = self.places[rows]
-            chosen = torch.cat([place[:, None], self._other_classes(place)], 1)
+            slot = self.slots[rows]
+            chosen = torch.cat([slot[:, None], self._other_classes(slot)], 1)
             total = self._side(0, embedded[0], chosen) + self._side(1, embedded[1], chosen)
             if self.training:
-                self._remember(place, embedded)
+                self._remember(slot, embedded)
             return total
 
     def _side(self, side: int, embedded: Tensor, chosen: Tensor) -> Tensor:
-        """One network's embeddings [B,E] against the other's memory at the places i64 [B,1+K], the positive first."""
+        """One network's embeddings [B,E] against the other's memory at the slots i64 [B,1+K], the positive first."""
         count = self.memory.shape[1]
         contrasts = self.memory[1 - side][chosen]
         scores = torch.exp(torch.einsum("bkd,bd->bk", contrasts, embedded) / TEMPERATURE)
-        before = self.normaliser[side].clone()  # the buffer changes in place
+        # Cloned, because the buffer changes in place.
+        before = self.normaliser[side].clone()
         constant = torch.where(before < 0, scores.detach().mean() * count, before)
         self.normaliser[side] = constant
         return contrast_loss(scores / constant, count)
 
-    def _other_classes(self, place: Tensor) -> Tensor:
-        """Places i64 [B,K], uniform over other classes' rows; rows are sorted by class, so those are two spans."""
-        first, count = self.spans[:, place]
+    def _other_classes(self, slot: Tensor) -> Tensor:
+        """Slots i64 [B,K], uniform over other classes' rows; rows are sorted by class, so those are two spans."""
+        first, count = self.spans[:, slot]
         others = self.memory.shape[1] - count
-        draws = torch.rand(len(place), self.negatives, device=place.device, dtype=torch.float64)
-        found = (draws * others[:, None]).long()
-        return torch.where(found >= first[:, None], found + count[:, None], found)
+        draws = torch.rand(len(slot), self.negatives, device=slot.device, dtype=torch.float64)
+        chosen = (draws * others[:, None]).long()
+        return torch.where(chosen >= first[:, None], chosen + count[:, None], chosen)
 
     @torch.no_grad()
-    def _remember(self, place: Tensor, embedded: list[Tensor]) -> None:
+    def _remember(self, slot: Tensor, embedded: list[Tensor]) -> None:
         for side in (0, 1):
-            mixed = MOMENTUM * self.memory[side][place] + (1 - MOMENTUM) * embedded[side]
-            self.memory[side][place] = F.normalize(mixed, dim=1)
+            mixed = MOMENTUM * self.memory[side][slot] + (1 - MOMENTUM) * embedded[side]
+            self.memory[side][slot] = F.normalize(mixed, dim=1)
 
 
 def _by_class(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows sorted by class: the place of each row [max + 1] (-1: not among them), and for each place the first place
-    and the count of what is not a negative of it [2,N]: its class, or the sample alone where it is unlabelled."""
+    """Rows sorted by class: the slot of each row [max + 1] (-1: not among them), and for each slot the first slot
+    and the count of what is not a negative of it [2,N]: its class, or the sample alone if it is unlabelled."""
     order = torch.argsort(labels, stable=True)
     labels = labels[order]
-    places = torch.full((int(rows.max()) + 1,), -1)
-    places[rows[order]] = torch.arange(len(rows))
+    slots = torch.full((int(rows.max()) + 1,), -1)
+    slots[rows[order]] = torch.arange(len(rows))
     first = torch.searchsorted(labels, labels, right=False)
     count = torch.searchsorted(labels, labels, right=True) - first
     unlabelled = labels < 0
@@ -224,7 +226,7 @@ def _by_class(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             "prior method crd needs images of two classes to contrast, but the student's training rows have one; use "
             "more rows or another prior method"
         )
-    return places, torch.stack([first, count])
+    return slots, torch.stack([first, count])
 
 
 TEMPERATURE, MOMENTUM = 0.07, 0.5
