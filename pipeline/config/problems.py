@@ -37,32 +37,31 @@ def describe(problem: Any, root: type[BaseModel], tags: Tags, more_keys: Sequenc
     `tags` are the values of the union's tag and their classes, which are not keys; `more_keys` are keys of the top
     level that `root` does not have.
     """
-    location = [str(part) for part in problem["loc"] if part not in tags]
-    where = ".".join(location) or "config"
+    key = ".".join(str(part) for part in problem["loc"] if part not in tags) or "config"
     match problem["type"]:
         case "extra_forbidden":
             model = _model_at(problem["loc"][:-1], root, tags)
             return unknown_key(
-                where, [*(model.model_fields if model else ()), *(more_keys if model is root else ())]
+                key, [*(model.model_fields if model else ()), *(more_keys if model is root else ())]
             )
         case "missing":
-            return f"{where}: is missing"
+            return f"{key}: is missing"
         case "literal_error":
-            return _bad_choice(where, problem)
+            return _bad_choice(key, problem)
         case "union_tag_not_found":
-            return f"{where}: source is missing; one of {', '.join(sorted(tags))}"
+            return f"{key}: source is missing; one of {', '.join(sorted(tags))}"
         case "union_tag_invalid":
             given = str(problem["ctx"]["tag"])
-            return f"{where}.source: {given!r} is unknown; {_near(given, sorted(tags))}"
+            return f"{key}.source: {given!r} is unknown; {_near(given, sorted(tags))}"
         case "value_error":
-            return f"{where}: {problem['ctx']['error']}"
+            return f"{key}: {problem['ctx']['error']}"
         case _:
-            return f"{where}: {_lower(problem['msg'])}, got {problem['input']!r}"
+            return f"{key}: {_lower(problem['msg'])}, got {problem['input']!r}"
 
 
-def _bad_choice(where: str, problem: Any) -> str:
+def _bad_choice(key: str, problem: Any) -> str:
     choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-    return f"{where}: {problem['input']!r} is unknown; {_near(str(problem['input']), choices)}"
+    return f"{key}: {problem['input']!r} is unknown; {_near(str(problem['input']), choices)}"
 
 
 def _near(given: str, choices: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ def boxes_of(rows: Any, where: str) -> np.ndarray:
 
 
 def check_range(label: Label, boxes: np.ndarray | None, classes: Sequence[str], where: str) -> None:
-    """Raises DataError where a label, or the class of a box, is not below the number of classes."""
+    """Raises DataError if a label, or the class of a box, is not below the number of classes."""
     labels = [label] if isinstance(label, int) else list(label or ())
     labels += [] if boxes is None or not classes else boxes[:, 0].astype(int).tolist()
     wrong = [one for one in labels if not 0 <= one < len(classes)]
@@ -58,13 +58,13 @@ def check_range(label: Label, boxes: np.ndarray | None, classes: Sequence[str], 
 
 
 def numbered(labels: Iterable[Label]) -> list[str]:
-    """Class names "0", "1", ... as many as the labels say, at most MOST; none where there is no label."""
+    """Class names "0", "1", ... as many as the labels say, at most MOST; none if there is no label."""
     known = (one for label in labels for one in ([label] if isinstance(label, int) else label or ()))
     return [str(number) for number in range(min(max(known, default=-1) + 1, MOST))]
 
 
 def size_below(root: Path, name: str, where: str) -> int:
-    """Bytes of a file that a table names below `root`. Raises DataError where it is missing or outside."""
+    """Bytes of a file that a table names below `root`. Raises DataError if it is missing or outside."""
     if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise DataError(f"{where} names {name!r}, which is not a file below {root}; correct it")
     try:

@@ -12,7 +12,7 @@ from pipeline.data.reading.photo import SUFFIXES
 
 
 def text_of(file: Path, mend: str) -> str:
-    """Raises DataError, which ends with `mend`, where the file is not there or not UTF-8."""
+    """Raises DataError, which ends with `mend`, if the file is missing or not UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -20,7 +20,7 @@ def text_of(file: Path, mend: str) -> str:
 
 
 def each_once(names: Iterable[str], file: Path) -> list[str]:
-    """The names that a file lists. Raises DataError where one is there twice."""
+    """The names that a file lists. Raises DataError if one is there twice."""
     found = list(names)
     twice = next((name for name, times in Counter(found).items() if times > 1), None)
     if twice is not None:
@@ -29,7 +29,7 @@ def each_once(names: Iterable[str], file: Path) -> list[str]:
 
 
 def size_of(file: Path, named_by: Path) -> int:
-    """Bytes of a file that a list names. Raises DataError where it does not exist."""
+    """Bytes of a file that a list names. Raises DataError if it does not exist."""
     try:
         return os.stat(file).st_size
     except OSError:
@@ -37,7 +37,7 @@ def size_of(file: Path, named_by: Path) -> int:
 
 
 def folders_in(folder: Path, mend: str) -> list[str]:
-    """Names of the folders in a folder, sorted. Raises DataError where there are none."""
+    """Names of the folders in a folder, sorted. Raises DataError if there are none."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
@@ -56,7 +56,7 @@ def images_in(folder: Path, on_bad_image: str) -> Iterator[tuple[str, int]]:
 
 
 def image_size(image: os.DirEntry[str] | Path, on_bad_image: str) -> int:
-    """Bytes. A link to nowhere is a DataError, or 0 where what cannot be read is left out (`skip`)."""
+    """Bytes. A link to nowhere is a DataError, or 0 if unreadable images are left out (`skip`)."""
     try:
         return image.stat().st_size
     except OSError as error:

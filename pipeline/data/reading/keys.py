@@ -30,7 +30,7 @@ def printable(name: str) -> str:
 
 
 def safe_keys(paths: Sequence[str]) -> list[str]:
-    """Keys of [A-Za-z0-9_-] from paths: a/b.jpg -> a--b; a short hash follows where that would not be unique."""
+    """Keys of [A-Za-z0-9_-] from paths: a/b.jpg -> a--b; a short hash follows if that would not be unique."""
     stems = [posixpath.splitext(path)[0] for path in paths]
     plain = [_OTHER.sub("_", stem.replace("/", "--")) for stem in stems]
     times = Counter(key.lower() for key in plain)

@@ -33,7 +33,7 @@ class Listing:
 
     classes     names by label; empty: unlabelled
     read        (entry, shorter side of the view in px or None) -> upright RGB; DataError naming the file
-    mask        entry -> mode L mask of the image's size, or None where the data set has none
+    mask        entry -> mode L mask of the image's size, or None if the data set has none
     """
 
     classes: Sequence[str]

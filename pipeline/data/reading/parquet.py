@@ -24,7 +24,7 @@ CACHE_BYTES = 2**30
 
 
 def pyarrow_parquet() -> Any:
-    """pyarrow.parquet. Raises ConfigError where pyarrow is not installed."""
+    """pyarrow.parquet. Raises ConfigError if pyarrow is not installed."""
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
@@ -63,7 +63,7 @@ class ParquetFile:
         return self._ends[-1] if self._ends else 0
 
     def names(self, label: str) -> list[str]:
-        """Class names of the label column from the schema's metadata; empty where it has none."""
+        """Class names of the label column from the schema's metadata; empty if it has none."""
         try:
             about = json.loads((self._schema.metadata or {}).get(b"huggingface", b"{}"))
             return _names(about["info"]["features"][label])
@@ -78,7 +78,7 @@ class ParquetFile:
         return values
 
     def encoded(self, row: int) -> bytes:
-        """The image of a row as its file was. Raises DataError where the row has no bytes."""
+        """The image of a row as its file was. Raises DataError if the row has no bytes."""
         group = bisect_right(self._ends, row)
         first = self._ends[group - 1] if group else 0
         value = self._cache.group(self.path, group, self._image)[row - first].as_py()

@@ -41,7 +41,7 @@ def decode_photo(data: bytes, name: str, shorter_side: int | None = None) -> Ima
 
 
 def read_mask(file: Path | io.BytesIO, name: str, size: tuple[int, int]) -> Image.Image:
-    """Mode L, 0..255. Raises DataError naming the file, also where it is not `size` (width, height) px."""
+    """Mode L, 0..255. Raises DataError naming the file, also if its size is not `size` (width, height) px."""
     try:
         with Image.open(file, formats=("PNG",)) as image:
             mask = image.convert("L")

@@ -57,7 +57,7 @@ class UnreadableImages:
             self.progress.say(f"{count} of {split} cannot be read and are left out (data.on_bad_image: skip)")
 
     def _known(self, name: str, digest: str) -> dict[str, str] | None:
-        """What an earlier pass found; None where there was none, or the images have changed since."""
+        """What an earlier pass found; None if there was no pass, or if the images have changed since."""
         try:
             known = json.loads(self.where.read(name))
             return dict(known["unreadable"]) if known["listing"] == digest else None
@@ -67,7 +67,7 @@ class UnreadableImages:
     def _still(self, known: dict[str, str], listing: Listing) -> dict[str, str]:
         """What is still wrong; as known where the split's packing goes on.
 
-        Raises DataError where an image was repaired since another split was cut from the same images: its rows would
+        Raises DataError if an image was repaired since another split was cut from the same images: its rows would
         be others now.
         """
         if self.packing in self.begun or not known:

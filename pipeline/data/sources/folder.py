@@ -64,7 +64,7 @@ def _base(data: Folder, split: str) -> Path:
 
 
 def _classes(data: Folder, base: Path) -> list[str]:
-    """Class folders in alphabetical order; those of `train` where the splits are folders."""
+    """Class folders in alphabetical order; those of `train` if the splits are folders."""
     root = _root(data)
     first = next((root / name for name in ("train", "val") if (root / name).is_dir()), base)
     names = sorted(
@@ -79,7 +79,7 @@ def _classes(data: Folder, base: Path) -> list[str]:
 
 
 def _entries(base: Path, classes: list[str], on_bad_image: str) -> Iterator[Entry]:
-    """All images below a folder, each in the folder of a known class where there are classes."""
+    """All images below a folder, each in the folder of a known class if there are classes."""
     labels = {name: label for label, name in enumerate(classes)}
     for path in _walk(base):
         relative = path.relative_to(base).as_posix()

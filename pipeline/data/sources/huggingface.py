@@ -6,7 +6,7 @@
 A label is a class index, a class name, a list of them, or null; -1 is the hub's mark for unlabelled. Names are those
 that a parquet file's schema gives, else the sorted names in use, in all splits; else the numbers. Lines of
 metadata.jsonl may have "objects": {"bbox": [[x, y, width, height]], "categories": [class index]}. The split
-`validation` is our `val`; where one metadata.jsonl is at the root, a split is the first folder of file_name, or train.
+`validation` is our `val`; if one metadata.jsonl is at the root, a split is the first folder of file_name, or train.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tables:
-    """All splits of a data set; `names` of the classes, where a schema gives them."""
+    """All splits of a data set; `names` of the classes, if a schema gives them."""
 
     rows: Mapping[str, list[Row]]
     names: list[str]
@@ -170,7 +170,7 @@ Line = tuple[Path, int, dict[str, Any]]
 
 
 def _metadata(data: HuggingFace) -> dict[str, list[Line]]:
-    """The lines of each split. Raises DataError where there is no metadata.jsonl."""
+    """The lines of each split. Raises DataError if there is no metadata.jsonl."""
     files = (
         [data.root / METADATA]
         if (data.root / METADATA).is_file()

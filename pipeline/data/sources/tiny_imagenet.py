@@ -43,7 +43,7 @@ def open_listing(data: TinyImageNet, split: str) -> Listing:
 
 
 def _check_inside(entry: Entry, size: tuple[int, int], root: Path) -> None:
-    """Raises DataError where a box leaves its image."""
+    """Raises DataError if a box leaves its image."""
     assert entry.boxes is not None
     corners = entry.boxes[0, 1:] - (0, 0, 1, 1)
     if (corners[2:] >= size).any():
@@ -64,7 +64,7 @@ def _wnids(data: TinyImageNet) -> list[str]:
 
 
 def _names(root: Path, wnids: list[str]) -> list[str]:
-    """The first word of each class; the wnid where words.txt is missing."""
+    """The first word of each class; the wnid if words.txt is missing."""
     words = root / "words.txt"
     lines = (line.partition("\t") for line in text_of(words, MEND).splitlines()) if words.exists() else ()
     known = {wnid: names.split(",")[0].strip() for wnid, _, names in lines}

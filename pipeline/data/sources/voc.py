@@ -91,7 +91,7 @@ def _base(data: Voc) -> Path:
 
 
 def _listed(file: Path) -> list[str]:
-    """The image names of a list, in its order. Raises DataError where one is named twice."""
+    """The image names of a list, in its order. Raises DataError if one is named twice."""
     return each_once((line.split()[0] for line in text_of(file, MEND).splitlines() if line.strip()), file)
 
 

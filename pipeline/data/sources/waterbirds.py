@@ -68,7 +68,7 @@ def open_listing(data: Waterbirds, split: str) -> Listing:
 
 
 def _check_inside(box: np.ndarray, size: tuple[int, int], file: Path) -> None:
-    """Raises DataError where a box leaves its image by more than SLACK: the image is not of CUB's size."""
+    """Raises DataError if a box leaves its image by more than SLACK: the image is not of CUB's size."""
     beyond = box[2:] - np.array(size) * (1 + SLACK)
     if (box[:2] < 0).any() or (beyond > 0).any():
         width, height = size

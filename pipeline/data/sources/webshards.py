@@ -78,7 +78,7 @@ class Sample:
 
 
 def split_names(data: WebShards) -> list[str]:
-    """Raises DataError where a tar is of two splits: a student would be tested on what it learnt from."""
+    """Raises DataError if a tar is of two splits: a student would be tested on what it learnt from."""
     split_of: dict[Path, str] = {}
     for split in data.shards:
         for name in _tars(data, split):
@@ -132,7 +132,7 @@ def _samples(data: WebShards, split: str) -> Iterator[tuple[str, Sample]]:
 
 
 def _tars(data: WebShards, split: str) -> list[str]:
-    """Names below the root, in order. Raises DataError where a file is missing or a pattern fits none."""
+    """Names below the root, in order. Raises DataError if a file is missing or a pattern fits none."""
     from braceexpand import braceexpand  # comes with webdataset
 
     pattern = data.shards[split]
