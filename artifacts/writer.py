@@ -21,7 +21,7 @@ from artifacts.errors import DamagedStore, DataError, IncompleteStore, StoreErro
 from artifacts.manifest import Manifest, ManifestDraft, ObjectRecord, ShardRecord
 from artifacts.places import Place, Url, place
 from artifacts.records import check_same, commit_name, incomplete, read_record, write_record, wrong_sizes
-from artifacts.rows import NO_CLASS, TeacherRows
+from artifacts.rows import NO_CLASS, TeacherRows, dead_rows
 
 LIBRARIES = ("e2kd", "zarr", "numcodecs", "numpy", "torch", "torchvision", "timm")
 _BATCHES_AHEAD = 2
@@ -240,7 +240,7 @@ class ShardStream:
 
 
 class _Chunk(NamedTuple):
-    """A compressed chunk, the scales of its rows, and how many of its rows have an all-zero map."""
+    """A compressed chunk, the scales of its rows, and how many of its rows are dead (`rows.dead_rows`)."""
 
     data: bytes
     scale: np.ndarray | None
@@ -272,7 +272,7 @@ def _encode(draft: ManifestDraft, plan: ArrayPlan, rows: np.ndarray, keys: Seque
             f"the teacher's {plan.name} for sample {keys[int(error.args[0])]} are not finite or too large for "
             f"{codec.codec_id}; check the teacher's weights and precision, or set store.{plan.name}: {exact}"
         ) from None
-    dead = 0 if plan.name == "logits" else int((~rows.reshape(len(rows), -1).any(1)).sum())
+    dead = 0 if plan.name == "logits" else int(dead_rows(rows).sum())
     return _Chunk(compress(plan, stored), scale, dead)
 
 

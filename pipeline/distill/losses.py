@@ -14,10 +14,8 @@ from torch import Tensor
 
 from pipeline.config import StudentConfig
 from pipeline.data.batches import Targets
+from pipeline.explain import maps
 from pipeline.training.labels import label_loss
-
-_DEAD = 1e-18
-"""Maps whose largest magnitude is below count as all-zero: their gradients' squares would overflow float32."""
 
 
 class OfMaps(NamedTuple):
@@ -84,10 +82,8 @@ def multilabel_kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
     Logits [B,C] of any float type; returns a float32 scalar >= 0, in nats (L2D, paper ref. 37).
     """
     total = torch.zeros((), device=student_logits.device)
-    for sign in (
-        1,
-        -1,
-    ):  # class present, class absent; sigmoid(-x) keeps the digits that 1 - sigmoid(x) loses
+    # class present, class absent; sigmoid(-x) keeps the digits that 1 - sigmoid(x) loses
+    for sign in (1, -1):
         student, teacher = _probability(sign * student_logits), _probability(sign * teacher_logits.detach())
         total = total + (teacher * (teacher / student).log()).sum(1).mean()
     return total
@@ -96,36 +92,22 @@ def multilabel_kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
 def explanation_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
     """1 - cosine over the flattened map, mean over the valid samples (Eq. 3).
 
-    Maps [B,...] of equal shape and any float type. A sample is left out where the student's or the teacher's map is
-    all-zero: its cosine is undefined and would be a constant loss of 1.
+    Maps [B,...] of equal shape and any float type. A sample is left out if the student's or the teacher's map is dead
+    (`explain.maps`): its cosine is undefined and would be a constant loss of 1.
     Returns (float32 scalar in 0..2, share of valid samples in 0..1). With no valid sample the loss is 0, on the graph.
-    Raises ValueError where the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     if student_maps.shape != teacher_maps.shape:
         raise ValueError(
             f"student maps {list(student_maps.shape)} and teacher maps {list(teacher_maps.shape)} differ; "
             "give PairedAugment the student's map_size, so that the teacher's maps come at its resolution"
         )
-    student, student_alive = _unit_max(student_maps)
-    teacher, teacher_alive = _unit_max(teacher_maps.detach())
-    distance = 1 - F.cosine_similarity(student, teacher, dim=1, eps=1e-6)
-    return _mean_over(distance, student_alive & teacher_alive)
+    cosine, alive = maps.cosine(student_maps, teacher_maps.detach())
+    return _mean_over(1 - cosine, alive)
 
 
 def _probability(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits.float()).clamp(1e-6, 1 - 1e-6)
-
-
-def _unit_max(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B,...] -> (float32 [B,n] divided by their detached largest magnitude, bool [B]: not all-zero).
-
-    B-cos maps are ~1e-7, whose squares underflow; the scale itself carries no gradient because losses ignore it.
-    A NaN map counts as alive, so that a diverged student shows in the loss.
-    """
-    flat = maps.float().flatten(1)
-    scale = flat.detach().abs().amax(1, keepdim=True)
-    alive = ~(scale < _DEAD)
-    return flat / torch.where(alive, scale, 1), alive[:, 0]
 
 
 def _mean_over(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

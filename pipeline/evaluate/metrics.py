@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.explain.maps import cosine
+
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of samples whose top-1 is the label: logits [B,C], labels int [B] -> scalar in 0..1."""
@@ -52,11 +54,6 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
     return float(error.abs().sum()) / max(len(confidence), 1)
 
 
-def dead(maps: Tensor) -> Tensor:
-    """Which maps [B,...] are all-zero: bool [B]."""
-    return ~maps.flatten(1).any(1)
-
-
 def epg(maps: Tensor, masks: Tensor) -> Tensor:
     """Energy pointing game: positive energy inside the mask / all positive energy (Wang et al. 2020).
 
@@ -82,13 +79,6 @@ def iou(maps: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
     return (above & mask).flatten(1).sum(1) / union.clamp(min=1)
 
 
-def map_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of two batches of maps [B,...] of equal shape: float32 [B] in -1..1, 0 where either is all-zero."""
-    if a.shape != b.shape:
-        raise ValueError(f"maps of different shapes cannot be compared: {list(a.shape)} and {list(b.shape)}")
-    return F.cosine_similarity(_unit_max(a), _unit_max(b), dim=1, eps=1e-6)
-
-
 def shift_similarity(explain_fn: Callable[[Tensor], Tensor], images: Tensor, shifts: Sequence[int]) -> Tensor:
     """Do explanations move with the image? Cosine of the maps of an image and of its diagonal shift (Fig. 5).
 
@@ -104,7 +94,8 @@ def shift_similarity(explain_fn: Callable[[Tensor], Tensor], images: Tensor, shi
     for shift in shifts:
         moved = F.pad(images, (shift, 0, shift, 0), mode="replicate")[..., :size, :size]
         there = _upsample(explain_fn(moved), size)
-        rows.append(map_cosine(still[..., : size - shift, : size - shift], there[..., shift:, shift:]))
+        after = there[..., shift:, shift:]
+        rows.append(cosine(still[..., : size - shift, : size - shift], after).value)
     return torch.stack(rows)
 
 
@@ -123,10 +114,3 @@ def _upsample(maps: Tensor, size: int) -> Tensor:
     if maps.shape[-2:] == (size, size):
         return maps
     return F.interpolate(maps.float(), (size, size), mode="bilinear", align_corners=False)
-
-
-def _unit_max(maps: Tensor) -> Tensor:
-    """Maps as float32 [B,n] divided by their largest magnitude: tiny maps compare as exactly as large ones."""
-    flat = maps.float().flatten(1)
-    scale = flat.abs().amax(1, keepdim=True)
-    return flat / torch.where(scale > 0, scale, 1)

@@ -19,6 +19,7 @@ from pipeline.data.masks import boxes_to_mask
 from pipeline.devices import reduced
 from pipeline.evaluate import metrics
 from pipeline.explain import heat
+from pipeline.explain.maps import cosine, dead
 from pipeline.training.loop import Diverged
 
 Answer = Callable[[Tensor, Tensor | None, Answers | None], tuple[Tensor, Tensor]]
@@ -89,7 +90,7 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
     epg, iou            of the map against the object, at image size; a dead map counts 0; rows without an annotation do
                         not count. Several labels: of each label's map against the union of its boxes, mean over all
                         (image, label) pairs (Rao et al. 2023); masks do not say whose they are and are not used
-    dead                share of all-zero maps. Read epg beside it: a metric that skips dead maps rewards collapse
+    dead                share of dead maps. Read epg beside it: a metric that skips dead maps rewards collapse
     map_cosine          cosine to the teacher's map of the same class, at the student's resolution; dead maps count 0;
                         only where both are explained alike
     """
@@ -111,7 +112,7 @@ def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
     """Per-sample values [B], the same names for every batch of a split: what `Scores.samples` has."""
     images = batch.images.float() / 255
     logits, maps = answer(images, batch.teacher.classes[:, 0] if batch.teacher else None, batch.teacher)
-    values: Samples = {"dead": metrics.dead(maps)}
+    values: Samples = {"dead": dead(maps)}
     if data.labelled and data.multilabel:
         values |= metrics.f1_counts(logits, batch.labels)
     elif data.labelled:
@@ -151,7 +152,7 @@ def _cosines(answer: Answer, images: Tensor, teacher: Answers, first: Tensor) ->
             break
         part = Answers(*(values[has] for values in teacher))
         maps = first[has] if place == 0 else answer(images[has], part.classes[:, place], part)[1]
-        total[has] += metrics.map_cosine(maps, resample(part.maps[:, place], (height, width)))
+        total[has] += cosine(maps, resample(part.maps[:, place], (height, width))).value
         count[has] += 1
     return {"map_cosine": total / count}
 

@@ -13,7 +13,7 @@ from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
 from artifacts.errors import ConfigError
 from pipeline.devices import device_of
-from pipeline.evaluate.metrics import map_cosine
+from pipeline.explain.maps import cosine, dead
 from pipeline.progress import Advance
 from pipeline.provenance import expected, matching_store
 from pipeline.training.trained import LiveTeacher
@@ -31,7 +31,7 @@ class Audit:
     LOGIT_TOLERANCE, or with a map further from the teacher's than its codec promises.
 
     logit_error: mean and largest of max |stored - live|, divided by the mean range (largest - smallest) of the rows'
-    live logits. map_cosine: mean and smallest; two all-zero maps count 1.
+    live logits. map_cosine: mean and smallest; two dead maps count 1.
     """
 
     rows: int
@@ -96,17 +96,18 @@ def audit(
         ranges.append(logits.amax(1) - logits.amin(1))
         errors.append((logits - torch.from_numpy(stored.logits[:, 0]).double()).abs().amax(1))
         same.append(logits.argmax(1) == classes.cpu())
-        cosines.append(_cosine(torch.from_numpy(stored.maps[:, 0, 0]), maps))
+        cosines.append(_similarity(torch.from_numpy(stored.maps[:, 0, 0]), maps))
         advance(len(part))
-    agrees, cosine = torch.cat(same), torch.cat(cosines)
+    agrees, similarity = torch.cat(same), torch.cat(cosines)
     error = torch.cat(errors) / torch.cat(ranges).mean().clamp(min=1e-12)
-    deviates = ~(agrees & (error <= LOGIT_TOLERANCE) & (cosine >= allowed))  # NaN deviates
+    # NaN deviates
+    deviates = ~(agrees & (error <= LOGIT_TOLERANCE) & (similarity >= allowed))
     return Audit(
         rows=len(rows),
         of=len(store),
         agreement=float(agrees.double().mean()),
         logit_error=(float(error.mean()), float(error.max())),
-        map_cosine=(float(cosine.mean()), float(cosine.min())),
+        map_cosine=(float(similarity.mean()), float(similarity.min())),
         deviating=int(deviates.sum()),
     )
 
@@ -145,6 +146,5 @@ def _at_most(failures: int, trials: int, p: float) -> float:
     )
 
 
-def _cosine(stored: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    dead = (stored.flatten(1).abs().amax(1) == 0) & (live.flatten(1).abs().amax(1) == 0)
-    return torch.where(dead, torch.ones(()), map_cosine(stored, live))
+def _similarity(stored: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    return torch.where(dead(stored) & dead(live), torch.ones(()), cosine(stored, live).value)

@@ -14,7 +14,7 @@ from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import BETTER, get_codec
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import AugmentConfig
-from pipeline.evaluate.metrics import dead, map_cosine
+from pipeline.explain.maps import cosine, dead
 from pipeline.precompute.freezing_gap import sample_rows, summary
 
 
@@ -72,9 +72,8 @@ def tell(cost: dict[str, Any]) -> str:
 
 
 def _cosines(decoded: Tensor, exact: Tensor) -> Tensor:
-    """Of the images whose exact map is not all-zero: at most [B]. A map that the codec lost counts 0."""
-    alive = ~dead(exact)
-    return map_cosine(decoded[alive], exact[alive])
+    """Cosines of the images whose exact map is alive: at most [B]. A map that the codec lost counts 0."""
+    return cosine(decoded, exact).value[~dead(exact)]
 
 
 def _divergence(exact: Tensor, decoded: Tensor) -> Tensor:

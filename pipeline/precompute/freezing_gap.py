@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from artifacts import ImageSet, TeacherStore
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import AugmentConfig
-from pipeline.evaluate.metrics import map_cosine
+from pipeline.explain.maps import cosine
 
 SAMPLE = 256
 """Images looked at; the standard error of the mean cosine is then about .01 for GradCAM."""
@@ -21,7 +21,7 @@ def freezing_gap(
     """Cosine between the warped stored map and the live map of the warped image, for crop, flip and both.
 
     Returns {"crop" | "flip" | "both": {"mean": -1..1, "p1": 1st percentile, "images": n}}. Samples where either map
-    is all-zero are left out, as the explanation loss leaves them out.
+    is dead are left out, as the explanation loss leaves them out.
     """
     rows = sample_rows(images)
     crop = augment.model_copy(update={"hflip": 0.0, "vflip": 0.0})
@@ -71,9 +71,9 @@ def _cosines(
 
 
 def both_alive(frozen: Tensor, live: Tensor) -> Tensor:
-    """Cosines of the pairs of which neither map is all-zero: at most [B]."""
-    alive = (frozen.flatten(1).abs().amax(1) > 0) & (live.flatten(1).abs().amax(1) > 0)
-    return map_cosine(frozen[alive], live[alive])
+    """Cosines of the pairs of which neither map is dead: at most [B]."""
+    value, alive = cosine(frozen, live)
+    return value[alive]
 
 
 def tell(gap: dict[str, dict[str, float]]) -> str:

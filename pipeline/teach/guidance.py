@@ -23,11 +23,10 @@ from torch import Tensor
 
 from pipeline.augment.counter import GUIDED_CLASS_COLUMN, Ids, uniform
 from pipeline.data.masks import boxes_to_mask
+from pipeline.explain.maps import UnitMaps, unit_scale
 
 Kind = Literal["energy", "l1", "ppce", "rrr"]
 
-_DEAD = 1e-14
-"""Maps whose largest magnitude is below count as all-zero: their gradients' squares would overflow float32."""
 _FAINT = 1e-4
 """`ppce` takes the logarithm of this share of the maximum at least: the gradient stays below 1 / it."""
 
@@ -35,9 +34,9 @@ _FAINT = 1e-4
 def guidance_loss(kind: Kind, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Loss `kind` of maps [B,1,h,w] and masks [B,1,h,w] in 0..1, mean over the valid samples.
 
-    A sample is left out where the map (for all but `rrr`: its positive part) is all-zero or the mask is empty.
+    A sample is left out if the map (for all but `rrr`: its positive part) is dead or the mask is empty.
     Returns (scalar >= 0, share of valid samples in 0..1), float32, or float64 for float64 maps; the scalar is at most 1
-    (`ppce`: -log 1e-4). With no valid sample it is 0, on the graph. Raises ValueError where the sizes differ.
+    (`ppce`: -log 1e-4). With no valid sample it is 0, on the graph. Raises ValueError if the sizes differ.
     """
     if maps.shape != masks.shape or maps.dim() != 4 or maps.shape[1] != 1:
         raise ValueError(
@@ -45,7 +44,7 @@ def guidance_loss(kind: Kind, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tens
             f"{list(masks.shape)}; give PairedAugment the model's map_size, so that the masks come at its resolution"
         )
     wide = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    unit, alive = _unit_max(wide if kind == "rrr" else wide.clamp(min=0))
+    unit, alive = _unit_maximum(wide if kind == "rrr" else wide.clamp(min=0))
     mask = masks.detach().to(unit.dtype).flatten(1)
     area = mask.sum(1)
     valid = alive & (area > 0)
@@ -90,15 +89,8 @@ def _per_sample(kind: Kind, unit: Tensor, mask: Tensor, area: Tensor) -> Tensor:
             return ((1 - mask) * unit.square()).mean(1)
 
 
-def _unit_max(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B,1,h,w] -> ([B,n] divided by their largest magnitude, bool [B]: not all-zero).
-
-    First divided by the maximum as a constant, because B-cos maps are ~1e-7, then by the maximum that is left: it is 1
-    and carries the gradient. A NaN map counts as alive, so that a diverged teacher shows in the loss.
-    """
-    flat = maps.flatten(1)
-    scale = flat.detach().abs().amax(1, keepdim=True)
-    alive = ~(scale < _DEAD)
-    scaled = torch.where(alive, flat / torch.where(alive, scale, 1), 0)
-    largest = scaled.abs().amax(1, keepdim=True)
-    return scaled / torch.where(alive, largest, 1), alive[:, 0]
+def _unit_maximum(maps: Tensor) -> UnitMaps:
+    """`unit_scale` of maps [B,1,h,w], divided again by the maximum that is left: it is 1 and carries the gradient."""
+    unit, alive = unit_scale(maps)
+    largest = unit.abs().amax(1, keepdim=True)
+    return UnitMaps(unit / torch.where(alive[:, None], largest, 1), alive)

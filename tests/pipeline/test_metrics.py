@@ -11,13 +11,11 @@ from pipeline.evaluate.metrics import (
     accuracy,
     agreement,
     calibration_error,
-    dead,
     epg,
     f1,
     f1_counts,
     in_top,
     iou,
-    map_cosine,
     shift_similarity,
 )
 
@@ -77,22 +75,7 @@ def test_iou_by_hand() -> None:
     assert iou(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).item() == 0
 
 
-def test_dead_means_all_zero() -> None:
-    maps = torch.zeros(3, 2, 2, 2)
-    maps[1, 1, 0, 0] = -1e-30
-    assert dead(maps).tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
-def test_map_cosine_by_hand(scale: float) -> None:
-    a = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]).reshape(4, 1, 1, 2)
-    b = torch.tensor([[4.0, 3.0], [0.0, 2.0], [1.0, 1.0], [-1.0, -1.0]]).reshape(4, 1, 1, 2)
-    torch.testing.assert_close(map_cosine(a * scale, b), torch.tensor([0.96, 0.0, 0.0, -1.0]))
-
-
-def test_maps_and_masks_of_other_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="shapes"):
-        map_cosine(torch.rand(2, 1, 7, 7), torch.rand(2, 1, 6, 6))
+def test_masks_of_other_sizes_are_refused() -> None:
     for metric in (epg, iou):
         with pytest.raises(ValueError, match="upsample"):
             metric(torch.rand(2, 1, 7, 7), torch.rand(2, 14, 14))
