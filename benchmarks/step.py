@@ -151,7 +151,7 @@ def _steps(case: Case, options: argparse.Namespace, fabric: Fabric) -> dict[str,
     """Each kind of step with the same student, whose weights move on together."""
     torch.manual_seed(0)
     explainer = explainers.build("auto", build(ModelConfig(model=case.model), CLASSES)).train()
-    height, width = explainer.model.map_size(case.px)
+    height, width = explainer.map_size(case.px)
     wrapped, optimizer = fabric.setup(explainer, torch.optim.Adam(explainer.parameters(), lr=1e-5))
     device = fabric.device
     images = torch.rand(case.batch, 3, case.px, case.px, device=device)

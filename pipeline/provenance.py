@@ -7,7 +7,6 @@ store's manifest says what follows from record, config and image set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from artifacts.manifest import (
 )
 from artifacts.records import MEND, read_record, write_record
 from pipeline.config import Experiment, ExplainConfig
+from pipeline.explain import by_name
 from pipeline.workspace import Workspace
 
 FILE = "teacher.json"
@@ -175,7 +175,7 @@ def expected(experiment: Experiment, record: TeacherRecord, images: ImageSet) ->
             rows_per_shard=images.rows_per_shard,
             classes=record.classes,
             explained=experiment.explain.stored,
-            channels=6 if experiment.explainer == "bcos" else 1,
+            channels=by_name(experiment.explainer).channels,
             height=height,
             width=width,
         ),
@@ -184,17 +184,17 @@ def expected(experiment: Experiment, record: TeacherRecord, images: ImageSet) ->
     )
 
 
-def _explained(explain: ExplainConfig) -> Mapping[str, Any]:
-    """What decides the maps: which logit, and of which classes if not of the top-1 alone."""
+def _explained(explain: ExplainConfig) -> dict[str, Any]:
+    """What decides the maps: the explainer's settings, and of which classes if it is not the top-1 alone."""
     if explain.classes == "top1":
-        return {"logit": explain.logit}
-    return {"logit": explain.logit, "classes": explain.classes, "most": explain.most}
+        return explain.settings
+    return explain.settings | {"classes": explain.classes, "most": explain.most}
 
 
 def _map_codec(experiment: Experiment) -> str:
-    """`auto`: exact enough and cheap at the size of the features; quantised at the size of the images."""
+    """`auto`: the explainer's own."""
     codec = experiment.store.maps
-    return codec if codec != "auto" else "int6" if experiment.explainer == "bcos" else "fp16"
+    return codec if codec != "auto" else by_name(experiment.explainer).codec
 
 
 def _codec(name: str) -> CodecInfo:

@@ -6,11 +6,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.errors import ConfigError
@@ -24,6 +23,7 @@ from pipeline.distill.prior import TrainingRows, WithPrior
 from pipeline.distill.prior import build as build_prior
 from pipeline.distill.step import StudentStep, loss_terms
 from pipeline.evaluate.students import evaluate_student, score_student, scored_rows
+from pipeline.explain import Explainer
 from pipeline.models import Explainable, build
 from pipeline.models.sync_norm import convert
 from pipeline.provenance import class_count, matching_store
@@ -72,8 +72,8 @@ class _Parts:
 
     data: PairedRows
     net: Explainable
-    explainer: nn.Module
-    teacher: nn.Module | None
+    explainer: Explainer
+    teacher: Explainer | None
     prior: WithPrior | None
 
 
@@ -120,7 +120,7 @@ def _step(workspace: Workspace, settings: StudentConfig, seed: int, parts: _Part
     # At the student's own resolution a perfect student scores 1; at the images' it is the authors' comparison.
     size = (images.size, images.size)
     if explain.compare_at == "student":
-        size = parts.net.map_size(images.size)
+        size = parts.explainer.map_size(images.size)
     augment = PairedAugment(settings.augment, seed=seed, keys=images.keys, map_size=size)
     teacher = None
     if parts.teacher is not None:
@@ -177,8 +177,7 @@ def _with_prior(workspace: Workspace, settings: StudentConfig, parts: _Parts) ->
         )
     labels = torch.from_numpy(data.images.label_column[data.rows])
     images = TrainingRows(data.images.size, torch.from_numpy(data.rows), labels)
-    theirs = cast(Explainable, parts.teacher.model)
-    prior = build_prior(settings.prior, parts.explainer, parts.net, theirs, images)
+    prior = build_prior(settings.prior, parts.explainer, parts.net, parts.teacher.model, images)
     if distributed:
         # ReviewKD's adapters have batch norms too
         convert(prior.method)

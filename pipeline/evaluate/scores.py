@@ -18,13 +18,22 @@ from pipeline.data.batches import Answers, Batch, PairedRows
 from pipeline.data.masks import boxes_to_mask
 from pipeline.devices import reduced
 from pipeline.evaluate import metrics
-from pipeline.explain import heat
+from pipeline.explain import Explainer, by_name
 from pipeline.explain.maps import cosine, dead
 from pipeline.training.loop import Diverged
 
-Answer = Callable[[Tensor, Tensor | None, Answers | None], tuple[Tensor, Tensor]]
+Ask = Callable[[Tensor, Tensor | None, Answers | None], tuple[Tensor, Tensor]]
 """(images f32 [B,3,S,S], classes i64 [B] or None for the top-1, the store's answers for them) -> (logits [B,C], maps
 [B,c,h,w]); the map of a class that a store does not hold is all-zero."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Who is scored: `ask` gives logits and maps, `explainer` is the kind of these maps."""
+
+    ask: Ask
+    explainer: type[Explainer]
+
 
 Samples = dict[str, Tensor]
 
@@ -42,10 +51,10 @@ class Scores:
     samples: Samples
 
 
-def student_answers(explainer: nn.Module) -> Answer:
-    """Of the network itself. Raises Diverged for logits or maps that are not finite."""
+def student_answers(explainer: Explainer) -> Answer:
+    """Of the network itself. Asking raises Diverged for logits or maps that are not finite."""
 
-    def answer(images: Tensor, classes: Tensor | None, _: Answers | None) -> tuple[Tensor, Tensor]:
+    def ask(images: Tensor, classes: Tensor | None, _: Answers | None) -> tuple[Tensor, Tensor]:
         explained = explainer(images, classes)
         if not (explained.logits.isfinite().all() and explained.maps.isfinite().all()):
             raise Diverged(
@@ -53,22 +62,26 @@ def student_answers(explainer: nn.Module) -> Answer:
             )
         return explained.logits, explained.maps
 
-    return answer
+    return Answer(ask, type(explainer))
 
 
-def teacher_answers(images: Tensor, classes: Tensor | None, stored: Answers | None) -> tuple[Tensor, Tensor]:
-    """The stored rows: scoring the teacher needs no forward pass, but only its explained classes have maps."""
+def teacher_answers(explainer: type[Explainer]) -> Answer:
+    """Of the store: scoring the teacher needs no forward pass, but only its explained classes have maps."""
+    return Answer(_stored, explainer)
+
+
+def _stored(images: Tensor, classes: Tensor | None, stored: Answers | None) -> tuple[Tensor, Tensor]:
     assert stored is not None
     assert classes is not None
     same = stored.classes == classes[:, None]
     return stored.logits, (stored.maps * same[:, :, None, None, None]).sum(1)
 
 
-def teacher_answers_beyond(explainer: nn.Module) -> Answer:
+def teacher_answers_beyond(explainer: Explainer) -> Answer:
     """`teacher_answers`, and the teacher itself, `explainer`, for the map of a class that the store does not hold."""
 
-    def answer(images: Tensor, classes: Tensor | None, stored: Answers | None) -> tuple[Tensor, Tensor]:
-        logits, maps = teacher_answers(images, classes, stored)
+    def ask(images: Tensor, classes: Tensor | None, stored: Answers | None) -> tuple[Tensor, Tensor]:
+        logits, maps = _stored(images, classes, stored)
         assert stored is not None
         assert classes is not None
         unknown = ~(stored.classes == classes[:, None]).any(1)
@@ -76,7 +89,7 @@ def teacher_answers_beyond(explainer: nn.Module) -> Answer:
             maps[unknown] = explainer(images[unknown], classes[unknown]).maps
         return logits, maps
 
-    return answer
+    return Answer(ask, type(explainer))
 
 
 def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> Scores:
@@ -111,7 +124,7 @@ def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> 
 def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
     """Per-sample values [B], the same names for every batch of a split: what `Scores.samples` has."""
     images = batch.images.float() / 255
-    logits, maps = answer(images, batch.teacher.classes[:, 0] if batch.teacher else None, batch.teacher)
+    logits, maps = answer.ask(images, batch.teacher.classes[:, 0] if batch.teacher else None, batch.teacher)
     values: Samples = {"dead": dead(maps)}
     if data.labelled and data.multilabel:
         values |= metrics.f1_counts(logits, batch.labels)
@@ -121,11 +134,12 @@ def measure(answer: Answer, batch: Batch, data: PairedRows) -> Samples:
         values["group"] = batch.groups
     if batch.teacher is not None:
         values["agreement"] = logits.argmax(1) == batch.teacher.logits.argmax(1)
-        values |= _cosines(answer, images, batch.teacher, maps)
+        if data.store is not None and answer.explainer is by_name(data.store.manifest.explainer.name):
+            values["map_cosine"] = _cosines(answer, images, batch.teacher, maps)
     if batch.masks is not None and data.multilabel:
         values |= _localised_by_label(answer, images, batch)
     elif batch.masks is not None:
-        values |= _localised(maps, images, batch.masks)
+        values |= _localised(answer.explainer.heat(maps, images), batch.masks)
     return values
 
 
@@ -137,34 +151,30 @@ def _of_labels(logits: Tensor, labels: Tensor) -> Samples:
     return values
 
 
-def _cosines(answer: Answer, images: Tensor, teacher: Answers, first: Tensor) -> Samples:
-    """Mean over the teacher's explained classes of each sample; none where maps are of another kind."""
-    if first.shape[1] != teacher.maps.shape[2]:
-        return {}
+def _cosines(answer: Answer, images: Tensor, teacher: Answers, first: Tensor) -> Tensor:
+    """The mean cosine over the teacher's explained classes of each sample [B]; `first`: maps of their first classes."""
     height, width = first.shape[-2:]
-    total, count = (
-        torch.zeros(len(images), device=images.device),
-        torch.zeros(len(images), device=images.device),
-    )
-    for place in range(teacher.classes.shape[1]):
-        has = teacher.classes[:, place] >= 0
+    total, count = torch.zeros(2, len(images), device=images.device)
+    for k in range(teacher.classes.shape[1]):
+        has = teacher.classes[:, k] >= 0
         if not has.any():
             break
         part = Answers(*(values[has] for values in teacher))
-        maps = first[has] if place == 0 else answer(images[has], part.classes[:, place], part)[1]
-        total[has] += cosine(maps, resample(part.maps[:, place], (height, width))).value
+        maps = first[has] if k == 0 else answer.ask(images[has], part.classes[:, k], part)[1]
+        total[has] += cosine(maps, resample(part.maps[:, k], (height, width))).value
         count[has] += 1
-    return {"map_cosine": total / count}
+    return total / count
 
 
-def _localised(maps: Tensor, images: Tensor, masks: Tensor) -> Samples:
+def _localised(heat: Tensor, masks: Tensor) -> Samples:
+    """EPG and IoU [B] of heat [B,1,h,w] at the size of the masks [B,1,S,S]; NaN for an empty mask."""
     full = nn.functional.interpolate(
-        heat(maps, images).float(), size=masks.shape[-2:], mode="bilinear", align_corners=False
+        heat.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False
     )
     inside = masks > 0.5
     annotated = inside.flatten(1).any(1)
-    found = {"epg": metrics.epg(full, inside), "iou": metrics.iou(full, inside)}
-    return {name: torch.where(annotated, values, torch.nan) for name, values in found.items()}
+    values = {"epg": metrics.epg(full, inside), "iou": metrics.iou(full, inside)}
+    return {name: torch.where(annotated, value, torch.nan) for name, value in values.items()}
 
 
 def _localised_by_label(answer: Answer, images: Tensor, batch: Batch) -> Samples:
@@ -177,10 +187,10 @@ def _localised_by_label(answer: Answer, images: Tensor, batch: Batch) -> Samples
         rows = (classes >= 0).nonzero()[:, 0]
         asked = classes[rows]
         stored = None if batch.teacher is None else Answers(*(values[rows] for values in batch.teacher))
-        maps = answer(images[rows], asked, stored)[1]
-        found = _localised(maps, images[rows], _masks_of(batch, rows, asked, images.shape[-1]))
-        known = ~found["epg"].isnan()
-        total[:, rows] += torch.stack([found["epg"], found["iou"], known.float()]).nan_to_num()
+        heat = answer.explainer.heat(answer.ask(images[rows], asked, stored)[1], images[rows])
+        scores = _localised(heat, _masks_of(batch, rows, asked, images.shape[-1]))
+        known = ~scores["epg"].isnan()
+        total[:, rows] += torch.stack([scores["epg"], scores["iou"], known.float()]).nan_to_num()
     epg, iou, count = total
     times = torch.where(count > 0, count, torch.nan)
     return {"epg": epg / times, "iou": iou / times, "localised": count}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from artifacts.errors import E2kdError
 from pipeline.data.batches import PairedRows
 from pipeline.evaluate.scores import Scores, samples_file, save_samples, score, student_answers
 from pipeline.evaluate.shift import shift_curve
+from pipeline.explain import Explainer
 from pipeline.provenance import matching_store
 from pipeline.training.run import Run
 from pipeline.training.trained import load_student
@@ -53,7 +52,7 @@ def scored_elsewhere(workspace: Workspace, run: Run) -> list[str]:
     return changed
 
 
-def score_student(workspace: Workspace, explainer: nn.Module, rows: PairedRows) -> Scores:
+def score_student(workspace: Workspace, explainer: Explainer, rows: PairedRows) -> Scores:
     """`explainer` is left in eval mode."""
     explainer.eval()
     return score(workspace.fabric, student_answers(explainer), rows, workspace.experiment.evaluate.batch_size)

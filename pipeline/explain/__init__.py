@@ -1,51 +1,54 @@
-"""Explanations of a classifier's decision, as maps.
-
-An explainer is a module: calling it runs the network inside its forward pass, so that distributed wrappers
-see all of it, and returns an `Explained`.
-"""
+"""Explanations of a classifier's decision, as maps. A new explainer is one file here, one config class and one row."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
-from artifacts.errors import ConfigError, ModelError
-from pipeline.config.problems import did_you_mean
-from pipeline.explain.bcos import BCos, contributions
-from pipeline.explain.gradcam import LOGITS, Classes, Explained, GradCAM
-from pipeline.models.bcos import BCosClassifier, bcos_classifier
-from pipeline.models.classifier import classifier
+from torch import nn
 
-EXPLAINERS = ("gradcam", "bcos")
+from artifacts.errors import ConfigError
+from pipeline.explain.bcos import BCos
+from pipeline.explain.explainer import LOGITS, Classes, Explained, Explainer
+from pipeline.explain.gradcam import GradCAM
+from pipeline.models import BCosClassifier
 
-__all__ = ["EXPLAINERS", "BCos", "Classes", "Explained", "GradCAM", "build", "heat"]
+EXPLAINERS: dict[str, type[Explainer]] = {
+    "gradcam": GradCAM,
+    "bcos": BCos,
+}
+"""By the name that the config and a store's manifest have."""
+
+__all__ = ["EXPLAINERS", "BCos", "Classes", "Explained", "Explainer", "GradCAM", "build", "by_name"]
 
 
-def build(name: str, model: nn.Module, *, logit: str = "raw") -> GradCAM | BCos:
+def build(name: str, model: nn.Module, *, logit: str = "raw", **settings: Any) -> Explainer:
     """The explainer called `name` of a Classifier, or of a bare network (`pipeline.models.classifier`).
 
     `auto` is `bcos` for B-cos networks and `gradcam` for others. `logit`: what is explained, the class logit (`raw`,
-    the paper) or that minus the mean logit (`centred`). Raises ConfigError for an unknown name or logit, ModelError
-    for a network that the explainer does not fit.
+    the paper) or that minus the mean logit (`centred`). `settings` are the explainer's own. Raises ConfigError for an
+    unknown name or logit, ModelError for a network that the explainer does not fit.
     """
     if name == "auto":
         name = "bcos" if isinstance(model, BCosClassifier) else "gradcam"
-    _check("explainer", name, EXPLAINERS)
     _check("explained logit", logit, LOGITS)
-    if name == "bcos":
-        return BCos(bcos_classifier(model), logit=logit)
-    if isinstance(model, BCosClassifier):
-        raise ModelError("a B-cos network explains itself: set explain.explainer to bcos (or leave it out)")
-    return GradCAM(classifier(model), logit=logit)
+    return by_name(name)(model, logit=logit, **settings)
 
 
-def heat(maps: Tensor, images: Tensor) -> Tensor:
-    """What each place adds to the explained logit, for metrics, guidance and pictures: [B,1,h,w].
+def by_name(name: str) -> type[Explainer]:
+    """The class of an explainer: of how many channels its maps are, how they are stored and shown.
 
-    GradCAM maps [B,1,h,w] as they are; of B-cos maps [B,6,H,W] the contributions W(x) * x to images [B,3,H,W].
+    Raises ConfigError for an unknown name.
     """
-    return maps if maps.shape[1] == 1 else contributions(maps, images)
+    _check("explainer", name, EXPLAINERS)
+    return EXPLAINERS[name]
 
 
-def _check(what: str, name: str, known: tuple[str, ...]) -> None:
+def _check(kind: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise ConfigError(f"unknown {what} {name!r}; {did_you_mean(name, known, f'use {known}')}")
+        close = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"unknown {kind} {name!r}; "
+            + (f"did you mean {close[0]}?" if close else f"use {', '.join(known)}")
+        )

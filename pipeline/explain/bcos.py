@@ -13,49 +13,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.explain.gradcam import Classes, Explained, cotangent, explained_classes, unexplained
-from pipeline.models.bcos import BCosClassifier
+from pipeline.explain.explainer import Classes, Explained, Explainer, cotangent, explained_classes
+from pipeline.models.bcos import BCosClassifier, bcos_classifier
 from pipeline.models.bcos_layers import compilable, constant_in_backward, constant_in_forward, logits_and_pull
 
 
-class BCos(nn.Module):
-    """Explains a logit of `model` (`raw`), or that logit minus the mean logit (`centred`), by W(x) [B,6,H,W].
+class BCos(Explainer):
+    """Maps W(x) [B,6,H,W]. For a convolutional network W(x) [x, 1 - x] is the explained logit minus its bias, exactly;
+    a ViT's positional embedding adds a part that belongs to no pixel.
 
-    Same state dict as `model`'s under `model.`. One thread at a time. Inside `torch.compile` it takes a form
-    without a flag where `differentiable`, and is left to eager mode (or raises with `fullgraph=True`) where not.
+    One thread at a time. Inside `torch.compile` it takes a form without a flag if `differentiable`, and is left to
+    eager mode (or raises with `fullgraph=True`) if not.
     """
 
     channels = 6
-    """Of its maps."""
+    codec = "int6"
+    """Maps of the size of the images are quantised."""
+    model: BCosClassifier
 
-    def __init__(self, model: BCosClassifier, *, logit: str = "raw") -> None:
-        super().__init__()
-        self.model = model
-        self.logit = logit
+    @classmethod
+    def accept(cls, model: nn.Module) -> BCosClassifier:
+        return bcos_classifier(model)
 
-    def forward(
-        self,
-        images: Tensor,
-        classes: Classes = None,
-        differentiable: bool = False,
-        explain: bool = True,
-    ) -> Explained:
-        """Explain images float [B,3,H,W] in 0..1 for `classes` [B] int64 (None: top-1 of the logits;
-        `gradcam.Classes` says what else).
+    def decide(self, images: Tensor) -> Tensor:
+        x = self.model.add_inverse(images)
+        return compilable(self.model.net, x) if torch.compiler.is_compiling() else self.model.net(x)
 
-        Maps are W(x) [B,6,H,W]. For a convolutional network W(x) [x, 1 - x] is the explained logit minus its
-        bias, exactly; a ViT's positional embedding adds a part that belongs to no pixel. With
-        `differentiable` logits and maps carry gradients to every parameter; else they carry none and no graph
-        is kept. Without `explain` the logits alone, with gradients where enabled, and `unexplained` maps.
-        """
+    def explain(self, images: Tensor, classes: Classes, differentiable: bool) -> Explained:
+        if not differentiable:
+            return self._constant(images, classes)
         compiling = torch.compiler.is_compiling()
-        if not explain:
-            x = self.model.add_inverse(images)
-            logits = compilable(self.model.net, x) if compiling else self.model.net(x)
-            return unexplained(logits, self.channels)
-        trainable = self._compilable if compiling else self._trainable
-        logits, maps, classes = (trainable if differentiable else self._constant)(images, classes)
-        return Explained(_wide(logits), _wide(maps), classes)
+        return self._compilable(images, classes) if compiling else self._trainable(images, classes)
+
+    @staticmethod
+    def heat(maps: Tensor, images: Tensor) -> Tensor:
+        """W(x) * [x, 1 - x] summed over channels: what each pixel adds to the logit; [B,1,H,W] of the maps' dtype."""
+        return (maps * BCosClassifier.add_inverse(images)).sum(1, keepdim=True)
+
+    @staticmethod
+    def picture(maps: Tensor, images: Tensor) -> Tensor:
+        """`colour`, smoothed over a fifteenth of the image."""
+        return colour(maps.float(), images, smooth=max(images.shape[-1] // 15, 1) | 1)
 
     def _trainable(self, images: Tensor, classes: Classes) -> Explained:
         with torch.enable_grad():
@@ -84,14 +82,6 @@ class BCos(nn.Module):
         return x, logits, explained_classes(classes, logits)
 
 
-def contributions(maps: Tensor, images: Tensor) -> Tensor:
-    """W(x) * [x, 1 - x] summed over channels: what each pixel adds to the logit, for metrics and pictures.
-
-    Maps [B,6,H,W] of images float [B,3,H,W] in 0..1 -> [B,1,H,W] of the maps' dtype, any sign.
-    """
-    return (maps * BCosClassifier.add_inverse(images)).sum(1, keepdim=True)
-
-
 def colour(maps: Tensor, images: Tensor, smooth: int = 15, percentile: float = 99.5) -> Tensor:
     """W(x) as a picture (Böhle et al. 2022, Fig. 1): RGBA float [B,4,H,W] in 0..1, no gradients.
 
@@ -101,7 +91,7 @@ def colour(maps: Tensor, images: Tensor, smooth: int = 15, percentile: float = 9
     each image's `percentile` on.
     """
     with torch.no_grad():
-        speaks_for = contributions(maps, images) >= 0
+        speaks_for = BCos.heat(maps, images) >= 0
         strength = maps.norm(dim=1, keepdim=True) * speaks_for
         strength = F.avg_pool2d(strength, smooth, stride=1, padding=smooth // 2)
         opaque = torch.quantile(strength.flatten(1), percentile / 100, dim=1)[:, None, None, None]
@@ -116,7 +106,3 @@ def _hue(maps: Tensor) -> Tensor:
     direction = (maps / maps.abs().amax(1, keepdim=True).clamp(min=_TINY)).clamp(min=0)
     channel, inverse = direction[:, :3], direction[:, 3:]
     return channel / (channel + inverse + 1e-12)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
 from artifacts.errors import ConfigError
 from pipeline.devices import device_of
+from pipeline.explain import Explainer
 from pipeline.explain.maps import cosine, dead
 from pipeline.progress import Advance
 from pipeline.provenance import expected, matching_store
@@ -74,7 +74,7 @@ def audit_store(workspace: Workspace, split: str, share: str) -> Audit:
 
 @torch.no_grad()
 def audit(
-    explainer: nn.Module,
+    explainer: Explainer,
     images: ImageSet,
     store: TeacherStore,
     rows: np.ndarray,

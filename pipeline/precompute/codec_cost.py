@@ -8,18 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import BETTER, get_codec
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import AugmentConfig
+from pipeline.explain import Explainer
 from pipeline.explain.maps import cosine, dead
 from pipeline.precompute.freezing_gap import sample_rows, summary
 
 
 def codec_cost(
-    explainer: nn.Module, images: ImageSet, store: TeacherStore, augment: AugmentConfig, device: torch.device
+    explainer: Explainer, images: ImageSet, store: TeacherStore, augment: AugmentConfig, device: torch.device
 ) -> dict[str, Any]:
     """Compare stored answers with the teacher's, for up to gap.SAMPLE images of the canonical view.
 

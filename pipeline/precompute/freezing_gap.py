@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from artifacts import ImageSet, TeacherStore
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import AugmentConfig
+from pipeline.explain import Explainer
 from pipeline.explain.maps import cosine
 
 SAMPLE = 256
@@ -16,7 +17,7 @@ SAMPLE = 256
 
 
 def freezing_gap(
-    explainer: nn.Module, images: ImageSet, store: TeacherStore, augment: AugmentConfig, device: torch.device
+    explainer: Explainer, images: ImageSet, store: TeacherStore, augment: AugmentConfig, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Cosine between the warped stored map and the live map of the warped image, for crop, flip and both.
 
@@ -49,7 +50,7 @@ def summary(cosines: Tensor) -> dict[str, float]:
 
 
 def _cosines(
-    explainer: nn.Module,
+    explainer: Explainer,
     images: ImageSet,
     store: TeacherStore,
     rows: np.ndarray,

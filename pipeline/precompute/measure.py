@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from artifacts import TeacherStore
 from pipeline.data.batches import PairedRows
-from pipeline.evaluate.scores import Answer, score, teacher_answers, teacher_answers_beyond
+from pipeline.evaluate.scores import score, teacher_answers, teacher_answers_beyond
 from pipeline.evaluate.shift import shift_curve
+from pipeline.explain import by_name
 from pipeline.precompute.codec_cost import codec_cost
 from pipeline.precompute.codec_cost import tell as tell_cost
 from pipeline.precompute.freezing_gap import freezing_gap
@@ -58,7 +59,7 @@ def score_teacher(workspace: Workspace, split: str, store: TeacherStore, teacher
     if workspace.fabric.broadcast(workspace.has_measured(name, of_store)):
         return
     rows = PairedRows(workspace.open_images(split), store, masks="any")
-    answer: Answer = teacher_answers
+    answer = teacher_answers(by_name(workspace.experiment.explainer))
     if rows.multilabel:
         answer = teacher_answers_beyond(teacher.explainer)
     scores = score(workspace.fabric, answer, rows, workspace.experiment.evaluate.batch_size)

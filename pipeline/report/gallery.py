@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from artifacts import ImageSet
 from artifacts.errors import E2kdError
 from pipeline.data.source import Label
-from pipeline.explain import heat
-from pipeline.explain.bcos import colour
+from pipeline.explain import Explainer, by_name
 from pipeline.provenance import matching_store
 from pipeline.report.document import Block, Picture, Text
 from pipeline.report.overlay import overlay, save
@@ -43,10 +42,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's logits [n,C] and its maps [n,c,h,w] of the explained classes."""
+    """A model's logits [n,C], its maps [n,c,h,w] of the explained classes, and the kind of these maps."""
 
     logits: Tensor
     maps: Tensor
+    explainer: type[Explainer]
 
 
 def draw_gallery(results: Results, folder: Path) -> list[Block]:
@@ -106,9 +106,8 @@ def _ask(results: Results, split: str) -> tuple[Examples, dict[str, Answer]]:
     stored = store.read(rows)
     classes = torch.from_numpy(stored.explained_class[:, 0, 0])
     examples = _examples(images, rows, classes)
-    answers = {
-        "teacher": Answer(torch.from_numpy(stored.logits[:, 0]), torch.from_numpy(stored.maps[:, 0, 0]))
-    }
+    logits, maps = torch.from_numpy(stored.logits[:, 0]), torch.from_numpy(stored.maps[:, 0, 0])
+    answers = {"teacher": Answer(logits, maps, by_name(store.manifest.explainer.name))}
     for method in results.methods[:MOST_METHODS]:
         seed = next(iter(results.results[method.name]))
         student = load_student(workspace, method.student, seed)
@@ -122,9 +121,9 @@ def _examples(images: ImageSet, rows: np.ndarray, classes: Tensor) -> Examples:
 
 
 @torch.no_grad()
-def _answer(explainer: nn.Module, examples: Examples) -> Answer:
+def _answer(explainer: Explainer, examples: Examples) -> Answer:
     explained = explainer(examples.images.float() / 255, examples.explained)
-    return Answer(explained.logits, explained.maps)
+    return Answer(explained.logits, explained.maps, type(explainer))
 
 
 def draw_examples(examples: Examples, answers: Mapping[str, Answer], path: Path) -> None:
@@ -138,21 +137,21 @@ def draw_examples(examples: Examples, answers: Mapping[str, Answer], path: Path)
         axes[row, 0].imshow(image)
         axes[row, 0].set_xlabel(_name(examples, int(examples.explained[row])), fontsize=8)
         for axis, answer in zip(axes[row, 1:], answers.values(), strict=True):
-            _draw_map(axis, answer.maps[row], image)
+            _draw_map(axis, answer.explainer, answer.maps[row], image)
             _mark(axis, is_right(answer.logits[row], examples.labels[row]))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     save(figure, path)
 
 
-def _draw_map(axis: Any, maps: Tensor, image: np.ndarray) -> None:
-    """A B-cos map [6,H,W] in its colours on white; other maps [1,h,w] as heat over the grey image."""
+def _draw_map(axis: Any, explainer: type[Explainer], maps: Tensor, image: np.ndarray) -> None:
+    """A map [c,h,w] in its explainer's own colours on white, or else as heat over the grey image u8 [S,S,3]."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-    if len(maps) == 6 and maps.shape[-2:] == pixels.shape[-2:]:
-        smooth = max(image.shape[0] // 15, 1) | 1
-        axis.imshow(colour(maps[None].float(), pixels, smooth)[0].permute(1, 2, 0).numpy())
+    picture = explainer.picture(maps[None], pixels)
+    if picture is not None:
+        axis.imshow(picture[0].permute(1, 2, 0).numpy())
     else:
-        overlay(axis, image, heat(maps[None], pixels)[0, 0])
+        overlay(axis, image, explainer.heat(maps[None], pixels)[0, 0])
 
 
 def _mark(axis: Any, right: bool | None) -> None:

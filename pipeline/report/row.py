@@ -12,7 +12,7 @@ import numpy as np
 from torch import from_numpy
 
 from artifacts import ImageSet, TeacherStore
-from pipeline.explain import heat
+from pipeline.explain import by_name
 from pipeline.report.overlay import overlay, save
 
 TOP = 5
@@ -30,8 +30,9 @@ def draw_row(store: TeacherStore, images: ImageSet, row: int, path: Path) -> lis
     left.imshow(pixels)
     left.set_title(f"row {row}: {sample.key}, label {sample.label}", fontsize=9)
     image = from_numpy(sample.image)[None].float() / 255
-    overlay(middle, pixels, heat(from_numpy(answers.maps[0, :1, 0]), image)[0, 0])
-    middle.set_title(f"{store.manifest.explainer.name} of class {explained}", fontsize=9)
+    explainer = store.manifest.explainer.name
+    overlay(middle, pixels, by_name(explainer).heat(from_numpy(answers.maps[0, :1, 0]), image)[0, 0])
+    middle.set_title(f"{explainer} of class {explained}", fontsize=9)
     for axis in (left, middle):
         axis.set_xticks([])
         axis.set_yticks([])

@@ -13,6 +13,7 @@ from pipeline.augment.paired import PairedAugment
 from pipeline.config import TeachConfig
 from pipeline.data.batches import PairedRows, TrainBatches
 from pipeline.evaluate.scores import score, student_answers
+from pipeline.explain import Explainer
 from pipeline.models import build, start_from
 from pipeline.models.sync_norm import convert
 from pipeline.provenance import class_count
@@ -66,7 +67,7 @@ def _training(workspace: Workspace, settings: TeachConfig, images: ImageSet) -> 
     explainer = build_explainer(experiment.explain, net)
     guided = settings.guide.by if settings.guide else None
     data = PairedRows(images, masks=guided, cache_mib=settings.cache_mib)
-    size = net.map_size(images.size)
+    size = explainer.map_size(images.size)
     augment = PairedAugment(settings.augment, seed=settings.seed, keys=images.keys, map_size=size)
     rank, world = fabric.global_rank, fabric.world_size
     return Training(
@@ -77,7 +78,7 @@ def _training(workspace: Workspace, settings: TeachConfig, images: ImageSet) -> 
         batches=TrainBatches(
             data, settings.batch_size, settings.seed, workers=settings.workers, rank=rank, world=world
         ),
-        loss=TeacherStep(settings, augment, fabric),
+        loss=TeacherStep(settings, augment, fabric, type(explainer)),
         run=run,
         label="teach",
         validate=_validation(workspace, settings, explainer),
@@ -85,7 +86,7 @@ def _training(workspace: Workspace, settings: TeachConfig, images: ImageSet) -> 
     )
 
 
-def _validation(workspace: Workspace, settings: TeachConfig, explainer: torch.nn.Module) -> Validate | None:
+def _validation(workspace: Workspace, settings: TeachConfig, explainer: Explainer) -> Validate | None:
     """Scores on the selection split without a store: there is none before the teacher is trained."""
     evaluate = workspace.experiment.evaluate
     if evaluate.select is None:

@@ -11,7 +11,7 @@ from pipeline.augment.paired import PairedAugment
 from pipeline.config import TeachConfig
 from pipeline.data.batches import Batch
 from pipeline.devices import share_of_valid
-from pipeline.explain import heat
+from pipeline.explain import Explainer
 from pipeline.teach.guidance import class_masks, guidance_loss, guided_classes
 from pipeline.training.labels import label_loss
 from pipeline.training.loop import StepLoss
@@ -22,11 +22,13 @@ class TeacherStep:
     """The labels' loss + weight * guidance_loss(map of a label's class, its mask or boxes).
 
     An image with several labels is guided about one of them a step, drawn anew in each epoch.
+    `explainer`: the kind of the maps.
     """
 
     settings: TeachConfig
     augment: PairedAugment
     fabric: Fabric
+    explainer: type[Explainer]
 
     def __call__(self, teacher: nn.Module, batch: Batch, epoch: int, step: int = 0) -> StepLoss:
         guide = self.settings.guide
@@ -39,7 +41,7 @@ class TeacherStep:
         assert masks is not None
         explained = teacher(images, classes, differentiable=True)
         classification = label_loss(self.settings.loss, explained.logits, batch.labels)
-        guidance, valid = guidance_loss(guide.loss, heat(explained.maps, images), masks)
+        guidance, valid = guidance_loss(guide.loss, self.explainer.heat(explained.maps, images), masks)
         guidance = guidance * share_of_valid(self.fabric, valid)
         total = classification + guide.weight * guidance
         return StepLoss(total, {"classification": classification, "guidance": guidance, "valid_maps": valid})

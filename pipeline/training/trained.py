@@ -6,12 +6,12 @@ from functools import cached_property
 from pathlib import Path
 
 import safetensors.torch
-from torch import nn
 
 from artifacts import ImageSet
 from artifacts.errors import ModelError
 from pipeline import explain as explainers
 from pipeline.config import ExplainConfig
+from pipeline.explain import Explainer
 from pipeline.models import Explainable, build, fill, load_weights, weights_sha256
 from pipeline.provenance import (
     WEIGHTS,
@@ -84,7 +84,7 @@ class LiveTeacher:
         return load_teacher(self._workspace, self._any_images)
 
     @cached_property
-    def explainer(self) -> nn.Module:
+    def explainer(self) -> Explainer:
         explainer = build_explainer(self._workspace.experiment.explain, self.net)
         return explainer.to(self._workspace.fabric.device)
 
@@ -98,7 +98,7 @@ class LiveTeacher:
             preprocessing=net.preprocess,
             classes=net.classes,
             image_size=size,
-            map_size=net.map_size(size),
+            map_size=self.explainer.map_size(size),
             file=weights_file(self._workspace),
         )
 
@@ -107,7 +107,7 @@ class LiveTeacher:
         return self._workspace.open_images(self._workspace.experiment.answered_splits[0])
 
 
-def load_student(workspace: Workspace, name: str, seed: int) -> nn.Module:
+def load_student(workspace: Workspace, name: str, seed: int) -> Explainer:
     """The explainer of a trained student, in eval mode on the CPU. Raises CheckpointError if its weights are gone."""
     run = Run(workspace.layout.run(name, seed))
     settings = workspace.experiment.candidates[name].settings
@@ -119,5 +119,5 @@ def load_student(workspace: Workspace, name: str, seed: int) -> nn.Module:
     return build_explainer(workspace.experiment.explain, net.eval())
 
 
-def build_explainer(explain: ExplainConfig, model: Explainable) -> explainers.GradCAM | explainers.BCos:
-    return explainers.build(explain.explainer, model, logit=explain.logit)
+def build_explainer(explain: ExplainConfig, model: Explainable) -> Explainer:
+    return explainers.build(explain.explainer, model, **explain.settings)

@@ -17,7 +17,7 @@ from bcos.modules import BcosConv2d, BcosLinear, BcosSequential, LogitLayer, nor
 from torch import Tensor, nn
 
 from artifacts.errors import ModelError
-from pipeline.explain.bcos import BCos, colour, contributions
+from pipeline.explain.bcos import BCos, colour
 from pipeline.explain.gradcam import Explained
 from pipeline.models import bcos_layers
 from pipeline.models.bcos import NAMES, TRANSFORMERS, BCosClassifier, bcos_classifier, build_bcos
@@ -146,7 +146,7 @@ def test_a_vits_positions_take_the_rest_of_the_logit(name: str, training: bool) 
 def test_centred_is_the_logit_minus_the_mean_logit() -> None:
     model, x = built(), images()
     out = BCos(model, logit="centred")(x, torch.tensor([3, 1]))
-    total = contributions(out.maps, x).sum((1, 2, 3))
+    total = BCos.heat(out.maps, x).sum((1, 2, 3))
     torch.testing.assert_close(total, explained_logit(out) - out.logits.mean(1), rtol=1e-9, atol=0)
 
 

@@ -47,7 +47,7 @@ def batch(explainer: nn.Module, size: int = 4, px: int = PX, seed: int = 1) -> t
     random = torch.Generator().manual_seed(seed)
     images = torch.rand(size, 3, px, px, generator=random)
     logits = torch.randn(size, CLASSES, generator=random)
-    height, width = explainer.model.map_size(px)
+    height, width = explainer.map_size(px)
     maps = torch.rand(size, explainer.channels, height, width, generator=random)
     maps[-1] = 0
     return images, logits.argmax(1), Targets(logits, logits.argmax(1), maps)

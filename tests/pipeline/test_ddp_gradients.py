@@ -76,7 +76,7 @@ def batch(case: Case, explainer: nn.Module, step: int) -> Batch:
     random = torch.Generator().manual_seed(step)
     images = torch.rand(8, 3, case.size, case.size, generator=random, dtype=torch.float64)
     logits = torch.randn(8, CLASSES, generator=random, dtype=torch.float64)
-    height, width = explainer.model.map_size(case.size)
+    height, width = explainer.map_size(case.size)
     maps = torch.rand(8, explainer.channels, height, width, generator=random, dtype=torch.float64)
     maps[list(case.dead)] = 0
     return Batch(

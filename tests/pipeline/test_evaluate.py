@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from pipeline.data.batches import Answers, Batch, PairedRows
 from pipeline.devices import start
 from pipeline.evaluate import metrics
 from pipeline.evaluate.scores import (
+    Answer,
     Scores,
     measure,
     read_samples,
@@ -41,7 +42,7 @@ from pipeline.evaluate.scores import (
     teacher_answers_beyond,
 )
 from pipeline.evaluate.shift import shift_curve
-from pipeline.explain import Explained
+from pipeline.explain import BCos, Explained, Explainer, GradCAM
 from pipeline.training.loop import Diverged
 from pipeline.workspace import Layout
 
@@ -50,11 +51,15 @@ ROOT = Path(__file__).parents[2]
 
 
 class Split:
-    """What `score` reads of a PairedRows: batches by row."""
+    """What `score` reads of a PairedRows: batches by row, and whose maps the store has."""
 
-    def __init__(self, whole: Batch, *, multilabel: bool = False, labelled: bool = True) -> None:
+    def __init__(
+        self, whole: Batch, *, multilabel: bool = False, labelled: bool = True, explainer: str = "gradcam"
+    ) -> None:
         self.whole, self.multilabel, self.labelled = whole, multilabel, labelled
         self.rows = np.arange(len(whole.rows))
+        manifest = SimpleNamespace(explainer=SimpleNamespace(name=explainer))
+        self.store = SimpleNamespace(manifest=manifest)
 
     def read(self, rows: np.ndarray) -> Batch:
         def part(value: Any) -> Any:
@@ -80,21 +85,23 @@ class OneProcess:
         self.global_rank, self.world_size, self.device = rank, world, torch.device("cpu")
 
 
-def batch(logits: Tensor, labels: Tensor, **more: Any) -> tuple[Batch, Callable[..., Any]]:
+def batch(
+    logits: Tensor, labels: Tensor, explainer: type[Explainer] = GradCAM, **more: Any
+) -> tuple[Batch, Answer]:
     """Images that carry their own row number, and an answer that looks its logits up by it; maps are constant."""
     count = len(logits)
     images = torch.zeros(count, 3, SIZE, SIZE, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(count)
     maps = more.pop("maps", torch.ones(count, 1, 2, 2))
 
-    def answer(pixels: Tensor, classes: Tensor | None, stored: Answers | None) -> tuple[Tensor, Tensor]:
+    def ask(pixels: Tensor, classes: Tensor | None, stored: Answers | None) -> tuple[Tensor, Tensor]:
         rows = (pixels[:, 0, 0, 0] * 255).round().long()
         return logits[rows], maps[rows]
 
-    return Batch(torch.arange(count), images, labels, **more), answer
+    return Batch(torch.arange(count), images, labels, **more), Answer(ask, explainer)
 
 
-def scored(whole: Batch, answer: Any, batch_size: int = 3, **split: Any) -> Any:
+def scored(whole: Batch, answer: Answer, batch_size: int = 3, **split: Any) -> Any:
     return Both(score(OneProcess(), answer, Split(whole, **split), batch_size))  # type: ignore[arg-type]
 
 
@@ -170,10 +177,11 @@ def test_the_teacher_agrees_with_itself_and_has_only_its_own_maps() -> None:
     maps = torch.rand(2, 2, 1, 2, 2) + 0.1
     teacher = Answers(LOGITS[:2], torch.tensor([[0, 3], [1, -1]]), maps)
     assert torch.equal(
-        teacher_answers(LOGITS, torch.tensor([3, 1]), teacher)[1], torch.stack([maps[0, 1], maps[1, 0]])
+        teacher_answers(GradCAM).ask(LOGITS, torch.tensor([3, 1]), teacher)[1],
+        torch.stack([maps[0, 1], maps[1, 0]]),
     )
     whole, _ = batch(LOGITS[:2], LABELS[:2], teacher=teacher)
-    found = scored(whole, teacher_answers)
+    found = scored(whole, teacher_answers(GradCAM))
     assert found["agreement"] == 1
     assert found["map_cosine"] == pytest.approx(1)
 
@@ -198,7 +206,8 @@ def test_epg_and_iou_by_hand(channels: int) -> None:
         maps = torch.cat([torch.ones(1, 3, SIZE, SIZE), heat.repeat(1, 3, 1, 1)], 1)
     masks = torch.zeros(1, 1, SIZE, SIZE)
     masks[:, :, :4] = 1
-    found = scored(*batch(LOGITS[:1], LABELS[:1], masks=masks, maps=maps))
+    explainer = {1: GradCAM, 6: BCos}[channels]
+    found = scored(*batch(LOGITS[:1], LABELS[:1], explainer, masks=masks, maps=maps))
     assert found["epg"] == pytest.approx(0.5)
     assert found["iou"] == pytest.approx(16 / (32 + 32 - 16))
 
@@ -225,13 +234,13 @@ def test_several_labels_f1_over_the_split_and_each_labels_own_boxes(batch_size: 
 
     def left_for_class_0(pixels: Tensor, classes: Tensor | None, stored: Any) -> tuple[Tensor, Tensor]:
         """The left half for class 0, everything for class 1."""
-        found, maps = answer(pixels, classes, stored)
+        found, maps = answer.ask(pixels, classes, stored)
         maps = maps.clone()
         if classes is not None:
             maps[classes == 0, :, :, 1:] = 0
         return found, maps
 
-    found = scored(whole, left_for_class_0, batch_size, multilabel=True)
+    found = scored(whole, Answer(left_for_class_0, GradCAM), batch_size, multilabel=True)
     assert found["f1"] == pytest.approx(2 * 2 / (3 + 3))
     assert "accuracy" not in found
     left = np.interp((np.arange(8) + 0.5) / 4 - 0.5, [0, 1], [1, 0])  # bilinear from 2 to 8 px
@@ -241,7 +250,7 @@ def test_several_labels_f1_over_the_split_and_each_labels_own_boxes(batch_size: 
     assert found.samples["epg"][2].isnan()
 
 
-def several_labels() -> tuple[Batch, Callable[..., Any]]:
+def several_labels() -> tuple[Batch, Answer]:
     """Maps of ones: the EPG of a label is the area of its boxes. Labels 1 and 1; 0.25; none; one without a box."""
     labels = torch.tensor([[1.0, 1], [1, 0], [0, 0], [0, 1]])
     boxes = (
@@ -277,7 +286,7 @@ def test_the_teacher_is_asked_for_the_labels_that_its_store_does_not_hold() -> N
 
     explainer = torch.nn.Module()
     explainer.forward = explain
-    answer = teacher_answers_beyond(explainer)
+    answer = replace(teacher_answers_beyond(explainer), explainer=GradCAM)  # the fake has no heat of its own
     found = scored(replace(whole, teacher=teacher), answer, 4, multilabel=True)
     assert asked == [[0, 0, 1]]
     assert found.samples["localised"].tolist() == [2, 1, 0, 0]
@@ -310,7 +319,7 @@ def test_any_number_of_processes_measures_the_same() -> None:
     assert [together[row] for row in range(5)] == scored(whole, answer).samples["accuracy"].tolist()
 
 
-def splits() -> dict[str, tuple[Batch, Callable[..., Any], bool]]:
+def splits() -> dict[str, tuple[Batch, Answer, bool]]:
     """Name -> (rows, answer, several labels?): odd numbers of rows, several labels, and fewer rows than processes."""
     masks = torch.zeros(5, 1, SIZE, SIZE)
     masks[:3, :, :2] = 1
@@ -365,7 +374,11 @@ def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_student_of_another_kind_of_map_has_no_map_cosine() -> None:
     teacher = Answers(LOGITS[:2], torch.tensor([[0], [1]]), torch.rand(2, 1, 6, 8, 8))
-    assert "map_cosine" not in scored(*batch(LOGITS[:2], LABELS[:2], teacher=teacher))
+    rows = batch(LOGITS[:2], LABELS[:2], teacher=teacher)
+    assert "map_cosine" not in scored(*rows, explainer="bcos")
+    one_channel = replace(rows[0], teacher=teacher._replace(maps=torch.rand(2, 1, 1, 2, 2)))
+    assert "map_cosine" not in scored(one_channel, rows[1], explainer="bcos")
+    assert "map_cosine" in scored(one_channel, rows[1], explainer="gradcam")
 
 
 def test_samples_come_back_from_their_file(tmp_path: Path) -> None:

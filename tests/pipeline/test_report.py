@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from artifacts.errors import ConfigError
 from pipeline.config import Experiment
 from pipeline.distill.run import distill
+from pipeline.explain import BCos, GradCAM
 from pipeline.report import report
 from pipeline.report.about import settings_table
 from pipeline.report.document import Table
@@ -225,9 +226,9 @@ def test_maps_of_every_kind_are_drawn(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (3, 3, 30, 30), dtype=torch.uint8)
     examples = Examples(images, [(0, 1), None, ()], torch.tensor([0, 1, 7]), ["$x_1$ <cat>", "a long " * 9])
     answers = {
-        "teacher": Answer(torch.randn(3, 2), torch.randn(3, 6, 30, 30)),  # B-cos: in colour
-        "kd": Answer(torch.randn(3, 2), torch.rand(3, 1, 5, 5)),
-        "dead": Answer(torch.randn(3, 2), torch.zeros(3, 1, 5, 5)),
+        "teacher": Answer(torch.randn(3, 2), torch.randn(3, 6, 30, 30), BCos),  # B-cos: in colour
+        "kd": Answer(torch.randn(3, 2), torch.rand(3, 1, 5, 5), GradCAM),
+        "dead": Answer(torch.randn(3, 2), torch.zeros(3, 1, 5, 5), GradCAM),
     }
     draw_examples(examples, answers, tmp_path / "maps.png")
     draw_examples(

@@ -19,6 +19,7 @@ from pipeline.config import Experiment, load
 from pipeline.data.batches import PairedRows
 from pipeline.distill.run import distill
 from pipeline.evaluate.scores import score, teacher_answers
+from pipeline.explain import GradCAM
 from pipeline.models import load_weights, save_weights
 from pipeline.order.prepare import prepare_stores, prepare_teacher
 from pipeline.order.runs import distill_all
@@ -55,7 +56,7 @@ def test_the_store_is_true_and_holds_the_teachers_answers(
     np.testing.assert_allclose(stored.logits[:, 0], live.logits.numpy(), rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(stored.maps[:, 0, 0], live.maps.numpy(), rtol=2e-3, atol=1e-4)
     assert (stored.explained_class[:, 0, 0] == live.logits.argmax(1).numpy()).all()
-    scores = score(fabric, teacher_answers, PairedRows(images, store, masks="any"), 50).means
+    scores = score(fabric, teacher_answers(GradCAM), PairedRows(images, store, masks="any"), 50).means
     assert scores["agreement"] == 1
     assert scores["map_cosine"] == pytest.approx(1 - scores["dead"], abs=1e-5)
 
