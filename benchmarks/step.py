@@ -28,6 +28,7 @@ from lightning_fabric import Fabric
 
 from pipeline import explain as explainers
 from pipeline.config import ModelConfig, StudentConfig
+from pipeline.config.models import explained_by
 from pipeline.data.batches import Targets
 from pipeline.devices import start
 from pipeline.distill.compile import CompiledLosses
@@ -113,7 +114,7 @@ def _row(case: Case, options: argparse.Namespace, fabric: Fabric) -> str:
     best = in_turns(kinds, options.rounds, _clock(options.clock, fabric))
     kd = best["kd"]
     ratio = {kind: f"{seconds / kd:.2f}x" for kind, seconds in best.items()}
-    explainer = "bcos" if case.model.startswith("bcos/") else "gradcam"
+    explainer = explained_by(case.model)
     every = ((EVERY - 1) * kd + best["eager"]) / EVERY / kd
     cells = [
         case.model,

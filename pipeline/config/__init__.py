@@ -13,7 +13,8 @@ Students are named sets of overrides over `train`, so that what differs between 
 
 from pipeline.config.base import Settings
 from pipeline.config.data import DataConfig, Files
-from pipeline.config.experiment import EvaluateConfig, Experiment, ExplainConfig, StoreConfig, ViewConfig
+from pipeline.config.experiment import EvaluateConfig, Experiment, StoreConfig, ViewConfig
+from pipeline.config.explain import ExplainConfig
 from pipeline.config.grid import Candidate
 from pipeline.config.load import dump, load, parse
 from pipeline.config.training import (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,3 +18,18 @@ class Settings(BaseModel):
     """Base of all sections: unknown keys are errors, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def classes_by_name(base: type[S], key: str) -> dict[str, type[S]]:
+    """Every class below `base` by the names that it says in the literal type of its field `key`."""
+    return dict(_named(base, key))
+
+
+def _named(base: type[S], key: str) -> Iterator[tuple[str, type[S]]]:
+    for cls in base.__subclasses__():
+        for name in get_args(cls.model_fields[key].annotation):
+            yield name, cls
+        yield from _named(cls, key)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.config.base import Natural, Positive, Seed, Settings
+from pipeline.config.base import Natural, Positive, Seed, Settings, classes_by_name
+from pipeline.config.explain import Auto, ExplainConfig
 from pipeline.config.grid import Candidate, candidates
+from pipeline.config.models import explained_by
 from pipeline.config.sources import AnyData
 from pipeline.config.training import AugmentConfig, Score, StudentConfig, TeacherConfig
 
@@ -17,6 +20,10 @@ def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise ValueError("every seed once: a seed is a run")
     return seeds
+
+
+def _auto_unless_named(section: Any) -> Any:
+    return {"explainer": "auto", **section} if isinstance(section, Mapping) else section
 
 
 class ViewConfig(Settings):
@@ -37,29 +44,17 @@ class ViewConfig(Settings):
         return self
 
 
-class ExplainConfig(Settings):
-    """What is explained and how; the same for teacher and student."""
+EXPLAIN_SETTINGS = classes_by_name(ExplainConfig, "explainer")
+"""The section's class by the name of the explainer, `auto` among them."""
 
-    explainer: Literal["auto", "gradcam", "bcos"] = Field(
-        "auto", description="auto: bcos (dynamic weights) for B-cos networks, gradcam for others"
-    )
-    logit: Literal["raw", "centred"] = Field(
-        "raw", description="raw: paper; centred: class logit minus mean logit"
-    )
-    compare_at: Literal["student", "input"] = Field(
-        "student",
-        description="size at which maps are compared: the student's own, or the image's (the authors' code)",
-    )
-    classes: Literal["top1", "positive"] = Field(
-        "top1",
-        description="explained: the teacher's first class (paper), or every class with a logit above 0 (multi-label)",
-    )
-    most: Positive = Field(4, description="positive only: at most so many classes an image, the highest")
-
-    @property
-    def stored(self) -> int:
-        """K: how many classes an image are explained in the store."""
-        return self.most if self.classes == "positive" else 1
+if TYPE_CHECKING:
+    AnyExplain = ExplainConfig
+else:
+    AnyExplain = Annotated[
+        Union[tuple(EXPLAIN_SETTINGS.values())],  # noqa: UP007
+        Field(discriminator="explainer"),
+        BeforeValidator(_auto_unless_named),
+    ]
 
 
 class StoreConfig(Settings):
@@ -67,7 +62,7 @@ class StoreConfig(Settings):
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="default: explainer and logit")
     maps: Literal["auto", "fp16", "int8", "int6", "int5", "lossless"] = Field(
-        "auto", description="auto: fp16 for GradCAM, int6 for maps of the input's size (B-cos)"
+        "auto", description="auto: the explainer's own, fp16 for GradCAM, int6 for B-cos"
     )
     logits: Literal["fp16", "uint12", "fp32"] = "fp16"
     rows_per_shard: Annotated[int, Field(ge=1, le=65536)] = 1024
@@ -90,11 +85,6 @@ class EvaluateConfig(Settings):
     batch_size: Positive = 250
 
 
-def explained_by(model: str) -> str:
-    """The explainer of a model, by its family."""
-    return "bcos" if model.startswith("bcos/") else "gradcam"
-
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
@@ -111,7 +101,7 @@ class Experiment(Settings):
     )
     view: ViewConfig
     teacher: TeacherConfig
-    explain: ExplainConfig = ExplainConfig()
+    explain: AnyExplain = Auto()
     store: StoreConfig = StoreConfig()
     augment: AugmentConfig = AugmentConfig()
     students: dict[Name, StudentConfig] = Field(min_length=1)
@@ -133,12 +123,11 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _comparable(self) -> Experiment:
         for name, student in self.students.items():
-            if student.explanation_weight > 0 and explained_by(student.model) != explained_by(
-                self.teacher.model
-            ):
+            own = self._explainer_of(student.model)
+            if student.explanation_weight > 0 and own != self.explainer:
                 raise ValueError(
-                    f"student {name}: its explanations ({explained_by(student.model)}) cannot match the teacher's "
-                    f"({explained_by(self.teacher.model)}); set explanation_weight to 0, or use models of one kind"
+                    f"student {name}: its explanations ({own}) cannot match the teacher's ({self.explainer}); set "
+                    "explanation_weight to 0, or use models of one kind"
                 )
         return self
 
@@ -150,10 +139,11 @@ class Experiment(Settings):
 
     @property
     def explainer(self) -> str:
-        """The teacher's."""
-        return (
-            explained_by(self.teacher.model) if self.explain.explainer == "auto" else self.explain.explainer
-        )
+        """The name of the teacher's."""
+        return self._explainer_of(self.teacher.model)
+
+    def _explainer_of(self, model: str) -> str:
+        return explained_by(model) if self.explain.explainer == "auto" else self.explain.explainer
 
     @property
     def store_name(self) -> str:

@@ -12,11 +12,14 @@ from pydantic import BaseModel, ValidationError
 
 from artifacts.errors import ConfigError
 from pipeline.config.base import Settings
-from pipeline.config.experiment import Experiment
+from pipeline.config.experiment import EXPLAIN_SETTINGS, Experiment
 from pipeline.config.grid import combinations, overridden, wrong
-from pipeline.config.problems import describe, near, unknown_key
+from pipeline.config.problems import Unions, describe, near, unknown_key
 from pipeline.config.sources import SOURCES
 from pipeline.config.training import StudentConfig
+
+UNIONS: Unions = {"data": SOURCES, "also": SOURCES, "explain": EXPLAIN_SETTINGS}
+"""Sections of several kinds: the class of each kind by the name that the section says."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -65,7 +68,7 @@ def _candidates_problems(resolved: Mapping[str, Any]) -> list[str]:
 
 
 def _sentence(problem: Any) -> str:
-    return describe(problem, Experiment, SOURCES, more_keys=["train"])
+    return describe(problem, Experiment, UNIONS, more_keys=["train"])
 
 
 def dump(settings: Settings) -> str:

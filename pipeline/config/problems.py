@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 Tags = Mapping[str, type[BaseModel]]
+Unions = Mapping[str, Tags]
 
 
 def near(given: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
@@ -31,12 +32,13 @@ def unknown_key(location: str, known: Sequence[str]) -> str:
     return f"{location}: unknown key" + (f"; {hint}" if known else "")
 
 
-def describe(problem: Any, root: type[BaseModel], tags: Tags, more_keys: Sequence[str] = ()) -> str:
+def describe(problem: Any, root: type[BaseModel], unions: Unions, more_keys: Sequence[str] = ()) -> str:
     """One of pydantic's errors as a sentence.
 
-    `tags` are the values of the union's tag and their classes, which are not keys; `more_keys` are keys of the top
-    level that `root` does not have.
+    `unions` has the tags of each section that is a union, with their classes: tags are no keys. `more_keys` are keys of
+    the top level that `root` does not have.
     """
+    tags = unions.get(str(problem["loc"][0]), {}) if problem["loc"] else {}
     key = ".".join(str(part) for part in problem["loc"] if part not in tags) or "config"
     match problem["type"]:
         case "extra_forbidden":
@@ -49,14 +51,18 @@ def describe(problem: Any, root: type[BaseModel], tags: Tags, more_keys: Sequenc
         case "literal_error":
             return _bad_choice(key, problem)
         case "union_tag_not_found":
-            return f"{key}: source is missing; one of {', '.join(sorted(tags))}"
+            return f"{key}: {_discriminator(problem)} is missing; one of {', '.join(sorted(tags))}"
         case "union_tag_invalid":
             given = str(problem["ctx"]["tag"])
-            return f"{key}.source: {given!r} is unknown; {_near(given, sorted(tags))}"
+            return f"{key}.{_discriminator(problem)}: {given!r} is unknown; {_near(given, sorted(tags))}"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
         case _:
             return f"{key}: {_lower(problem['msg'])}, got {problem['input']!r}"
+
+
+def _discriminator(problem: Any) -> str:
+    return str(problem["ctx"]["discriminator"]).strip("'")
 
 
 def _bad_choice(key: str, problem: Any) -> str:

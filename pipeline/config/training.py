@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Fraction, NonNegative, Positive, Seed, Settings
+from pipeline.config.models import FAMILIES
 
 
 class AugmentConfig(Settings):
@@ -56,7 +57,7 @@ class ModelConfig(Settings):
     def _weights_are_the_familys(self) -> ModelConfig:
         origin, colon, _ = (self.weights or "").partition(":")
         family = self.model.partition("/")[0]
-        if colon and origin in ("torchvision", "timm", "bcos") and origin != family:
+        if colon and origin in FAMILIES and FAMILIES[origin].published and origin != family:
             raise ValueError(f"weights: {self.weights} fit a model named {origin}/NAME, not {self.model}")
         return self
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from artifacts.errors import ModelError
 from pipeline.config import ModelConfig
+from pipeline.config.models import FAMILIES
 from pipeline.config.problems import near
 from pipeline.models import lite
 from pipeline.models.bcos import TRANSFORMERS, BCosClassifier, build_bcos
@@ -21,7 +22,6 @@ from pipeline.models.classifier import Classifier
 from pipeline.models.toy import ToyResNet
 from pipeline.models.weights import fetch, fill, read_weights
 
-FAMILIES = ("toy", "torchvision", "timm", "bcos")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CENTRED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 Preprocessing = tuple[Sequence[float], Sequence[float]]
@@ -47,18 +47,13 @@ def build(config: ModelConfig, classes: int = 1000) -> Classifier | BCosClassifi
     fails, or a network without spatial features.
     """
     family, _, name = config.model.partition("/")
-    tag = _tag(config, family)
+    if family not in BUILDERS:
+        raise ModelError(
+            f"unknown model {config.model!r}; write FAMILY/NAME with a family of {', '.join(BUILDERS)}"
+        )
     if config.weights in lite.WHEELS:
         lite.check(config.weights, config.model, classes)
-    if family == "bcos":
-        return _bcos(config, name, tag, classes)
-    net, own = _network(config, family, name, classes)
-    published = _published(config, family, name, tag, net)
-    own = published.preprocessing if published else own
-    mean, std = (config.mean, config.std) if config.mean or config.std else own
-    model = Classifier(net, mean, std, published.view if published else None)
-    _load(net, config, published.read if published else None)
-    return model
+    return BUILDERS[family](config, name, classes)
 
 
 def start_from(model: Classifier | BCosClassifier, config: ModelConfig, origin: str) -> None:
@@ -86,11 +81,66 @@ MOST_OF_A_HEAD = 2
 """Tensors of a head: weight and bias."""
 
 
-def _bcos(config: ModelConfig, name: str, tag: str | None, classes: int) -> BCosClassifier:
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def _toy(config: ModelConfig, name: str, classes: int) -> Classifier:
+    _check_name("toy", name, ["resnet"])
+    return _classifier(config, ToyResNet(classes, config.width), CENTRED)
+
+
+def _torchvision(config: ModelConfig, name: str, classes: int) -> Classifier:
+    from torchvision import models
+
+    _check_name("torchvision", name, models.list_models(module=models))
+    plain = {"aux_logits": False, "init_weights": True} if name in INCEPTIONS else {}
+    net = models.get_model(name, weights=None, num_classes=classes, **plain)
+    return _classifier(config, net, IMAGENET, _torchvision_weights)
+
+
+def _timm(config: ModelConfig, name: str, classes: int) -> Classifier:
+    import timm
+
+    if not timm.is_model(name):  # also keeps `hf-hub:` names, which would download, out
+        _check_name("timm", name, timm.list_models())
+    net: Any = timm.create_model(name, pretrained=False, num_classes=classes)
+    own = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+    return _classifier(config, net, own, _timm_weights)
+
+
+def _bcos(config: ModelConfig, name: str, classes: int) -> BCosClassifier:
     if config.mean or config.std:
         raise ModelError(f"{config.model} takes an image as [x, 1 - x]: remove mean and std")
     model = BCosClassifier(build_bcos(name, classes, config.width))
+    tag = _tag(config)
     _load(model.net, config, _bcos_weights(name, tag) if tag is not None else None)
+    return model
+
+
+BUILDERS: dict[str, Callable[[ModelConfig, str, int], Classifier | BCosClassifier]] = {
+    "toy": _toy,
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "bcos": _bcos,
+}
+"""(settings, NAME, classes) -> the model, by family; `config.models.FAMILIES` has what the config knows of the same."""
+
+
+def _classifier(
+    config: ModelConfig,
+    net: nn.Module,
+    own: Preprocessing,
+    weights_of: Callable[[str, str], Published] | None = None,
+) -> Classifier:
+    """`net` behind its preprocessing, `own` unless the config or the published weights have another, and loaded.
+
+    `weights_of`: the family's published weights by (NAME, TAG).
+    """
+    published = _published(config, net, weights_of)
+    own = published.preprocessing if published else own
+    mean, std = (config.mean, config.std) if config.mean or config.std else own
+    model = Classifier(net, mean, std, published.view if published else None)
+    _load(net, config, published.read if published else None)
     return model
 
 
@@ -100,40 +150,6 @@ def _load(net: nn.Module, config: ModelConfig, published: Callable[[], Weights] 
     elif config.weights not in (None, "none"):
         path = Path(str(config.weights)).expanduser()
         fill(net, read_weights(path), origin=str(path))
-
-
-# --- networks -------------------------------------------------------------------------------------------------------
-
-
-def _network(config: ModelConfig, family: str, name: str, classes: int) -> tuple[nn.Module, Preprocessing]:
-    match family:
-        case "toy":
-            _check_name("toy", name, ["resnet"])
-            return ToyResNet(classes, config.width), CENTRED
-        case "torchvision":
-            return _torchvision(name, classes), IMAGENET
-        case "timm":
-            return _timm(name, classes)
-    raise ModelError(
-        f"unknown model {config.model!r}; write FAMILY/NAME with a family of {', '.join(FAMILIES)}"
-    )
-
-
-def _torchvision(name: str, classes: int) -> nn.Module:
-    from torchvision import models
-
-    _check_name("torchvision", name, models.list_models(module=models))
-    plain = {"aux_logits": False, "init_weights": True} if name in INCEPTIONS else {}
-    return models.get_model(name, weights=None, num_classes=classes, **plain)
-
-
-def _timm(name: str, classes: int) -> tuple[nn.Module, Preprocessing]:
-    import timm
-
-    if not timm.is_model(name):  # also keeps `hf-hub:` names, which would download, out
-        _check_name("timm", name, timm.list_models())
-    net: Any = timm.create_model(name, pretrained=False, num_classes=classes)
-    return net, (net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
 
 
 def _check_name(family: str, name: str, known: Iterable[str]) -> None:
@@ -151,22 +167,25 @@ INCEPTIONS = ("googlenet", "inception_v3")
 """torchvision's published weights of these are for images centred at 0.5, and bring classifiers for training only."""
 
 
-def _tag(config: ModelConfig, family: str) -> str | None:
-    """TAG of `weights: FAMILY:TAG` (the family is the model's: `ModelConfig`); None for weights of another kind."""
+def _tag(config: ModelConfig) -> str | None:
+    """TAG of `weights: FAMILY:TAG`, of the model's own family; None for weights of another kind."""
+    family = config.model.partition("/")[0]
     origin, colon, tag = (config.weights or "").partition(":")
-    return tag if colon and origin == family and family != "toy" else None
+    return tag if colon and origin == family and FAMILIES[family].published else None
 
 
 def _published(
-    config: ModelConfig, family: str, name: str, tag: str | None, net: nn.Module
+    config: ModelConfig, net: nn.Module, weights_of: Callable[[str, str], Published] | None
 ) -> Published | None:
     if config.weights in lite.WHEELS:
         wheel = config.weights
         view = _view(lite.WHEELS[wheel].size, lite.WHEELS[wheel].resize, "bicubic")
         return Published(lambda: lite.read(wheel, net), CENTRED, view)
+    tag = _tag(config)
     if tag is None:
         return None
-    return _torchvision_weights(name, tag) if family == "torchvision" else _timm_weights(name, tag)
+    assert weights_of is not None
+    return weights_of(config.model.partition("/")[2], tag)
 
 
 def _torchvision_weights(name: str, tag: str) -> Published:

@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 from PIL import Image
 
 from pipeline.config import Experiment, load
+from pipeline.config.models import explained_by
 from pipeline.data.sources.voc import CLASSES as VOC
 from pipeline.models import build, save_weights
 from pipeline.order.runs import distill_all
@@ -160,10 +161,9 @@ def random_weights(experiment: Experiment, root: Path) -> Path:
 
 def small(config: str, experiment: Experiment) -> list[str]:
     """The smallest networks of the families, at random weights, in the place of the config's own."""
-    kind = "bcos/small" if experiment.teacher.model.startswith("bcos/") else "toy/resnet"
-    student = (
-        "bcos/small" if next(iter(experiment.students.values())).model.startswith("bcos/") else "toy/resnet"
-    )
+    smallest = {"bcos": "bcos/small", "gradcam": "toy/resnet"}
+    kind = smallest[explained_by(experiment.teacher.model)]
+    student = smallest[explained_by(next(iter(experiment.students.values())).model)]
     return [f"teacher.model={kind}", "teacher.width=4", f"train.model={student}", "train.width=4"]
 
 
