@@ -6,16 +6,20 @@ images[7].image, store.read([7]).maps
 """
 
 from artifacts.errors import (
+    CheckpointError,
     ConfigError,
     DamagedStore,
     DataError,
+    Diverged,
     E2kdError,
     ImageSetError,
     IncompleteStore,
+    JobsFailed,
     MismatchedStore,
     ModelError,
     PlaceError,
     StoreError,
+    WriteError,
 )
 from artifacts.images import ImageSet, Sample, open_images
 from artifacts.rows import TeacherRows
@@ -37,7 +41,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ModelError",
+    "CheckpointError",
+    "Diverged",
     "PlaceError",
+    "WriteError",
+    "JobsFailed",
     "ImageSetError",
     "StoreError",
     "IncompleteStore",

@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from artifacts.access import writing_to
 from artifacts.durable import appearing, sha256_file, sweep
-from artifacts.errors import PlaceError
+from artifacts.errors import PlaceError, WriteError
 
 _used: set[str] = set()
 _one_at_a_time = threading.Lock()
@@ -41,7 +42,10 @@ def bound() -> int:
     except ValueError:
         gib = math.nan
     if not 0 <= gib < math.inf:
-        raise PlaceError(f"E2KD_CACHE_GIB is {text!r}; set it to a number of GiB, or to 0 for no cache")
+        raise PlaceError(
+            f"E2KD_CACHE_GIB is {text!r}; set it to a number of GiB, or to 0 for no cache",
+            key="E2KD_CACHE_GIB",
+        )
     return int(gib * 2**30)
 
 
@@ -56,9 +60,11 @@ def kept(sha256: str, size: int, fetch: Callable[[Path], None]) -> Path | None:
             if not _there(file, size) and not _fetched(file, size, sha256, fetch):
                 return None
             os.utime(file)
-        except FileNotFoundError:  # the object is not there
+        # the object is not there
+        except FileNotFoundError:
             raise
-        except OSError:  # this machine has no place for it
+        # this machine has no place for it
+        except (OSError, WriteError):
             return None
         _used.add(sha256)
     return file
@@ -84,8 +90,9 @@ def _fetched(file: Path, size: int, sha256: str, fetch: Callable[[Path], None]) 
 def forget(sha256: str) -> bool:
     """Remove a copy that turned out to be damaged. Whether there was one."""
     file = folder() / sha256
-    there = file.exists()
-    file.unlink(missing_ok=True)
+    with writing_to(file):
+        there = file.exists()
+        file.unlink(missing_ok=True)
     return there
 
 
@@ -100,17 +107,19 @@ def _there(file: Path, size: int) -> bool:
 def _make_room(size: int) -> bool:
     """Remove the longest unused copies until `size` more bytes fit. False where they do not."""
     folder().mkdir(parents=True, exist_ok=True)
-    found: list[tuple[float, int, Path]] = []
+    copies: list[tuple[float, int, Path]] = []
     for file in folder().iterdir():
         try:
+            # of a process that was killed
             if file.suffix == ".partial":
-                sweep(file)  # of a process that was killed
+                sweep(file)
             about = file.stat()
-            found.append((about.st_mtime, about.st_size, file))
-        except FileNotFoundError:  # another process makes room too
+            copies.append((about.st_mtime, about.st_size, file))
+        # another process makes room too
+        except FileNotFoundError:
             continue
-    room = bound() - sum(bytes_ for _, bytes_, _ in found)
-    for _, bytes_, file in sorted(found):
+    room = bound() - sum(bytes_ for _, bytes_, _ in copies)
+    for _, bytes_, file in sorted(copies):
         if room >= size:
             break
         if file.name not in _used and file.suffix != ".partial":

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from artifacts.access import writing_to
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole: see `appearing`."""
@@ -21,10 +23,10 @@ def appearing(path: Path) -> Iterator[Path]:
     """A file to fill, which takes the name `path` when the block ends well: fsync, rename, fsync of the folder.
 
     Until then it is `path`.partial, locked against other processes; a killed process leaves only that, and the next
-    attempt takes it over. Missing folders are made. An OSError names the file.
+    attempt takes it over. Missing folders are made. Raises WriteError if the system refuses any of this.
     """
     partial = path.with_name(path.name + ".partial")
-    with naming(path):
+    with writing_to(path):
         _make_folder(path.parent)
         handle = _locked(partial)
         try:
@@ -34,16 +36,6 @@ def appearing(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             os.close(handle)
-
-
-@contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """Give an OSError of a failed write (a full disk has no name of its own) the file's name."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -60,7 +52,12 @@ def sha256_file(path: Path) -> str:
 
 
 def sweep(partial: Path) -> None:
-    """Remove what a killed process left; a file that a living one is writing stays."""
+    """Remove what a killed process left; a file that a living one is writing stays. Raises WriteError."""
+    with writing_to(partial):
+        _sweep(partial)
+
+
+def _sweep(partial: Path) -> None:
     try:
         handle = os.open(partial, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError):
@@ -89,7 +86,8 @@ def _locked(partial: Path) -> int:
             if os.fstat(handle).st_size:
                 os.ftruncate(handle, 0)
             return handle
-        os.close(handle)  # while we waited it became the finished file
+        # while we waited it became the finished file
+        os.close(handle)
 
 
 def _make_folder(folder: Path) -> None:

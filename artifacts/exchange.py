@@ -45,14 +45,18 @@ def export_store(
     from webdataset import TarWriter  # it imports torch
 
     if store.manifest.images != images.fingerprint:
-        raise MismatchedStore(f"{store.place} was not made from the images in {images.place}")
+        raise MismatchedStore(
+            f"{store.place} was not made from the images in {images.place}",
+            path=store.place,
+            fields={"images": (store.manifest.images, images.fingerprint)},
+        )
     where = place(destination)
     about = seal(_about(store, images))
     if where.exists(ABOUT):
         if where.read(ABOUT) != about:
-            raise MismatchedStore(f"{where} holds another export; give an empty folder")
+            raise MismatchedStore(f"{where} holds another export; give an empty folder", path=where)
     elif where.sizes():
-        raise StoreError(f"{where} is not empty and holds no export; give an empty folder")
+        raise StoreError(f"{where} is not empty and holds no export; give an empty folder", path=where)
     else:
         where.write(ABOUT, about)
     for shard, info in enumerate(images.shards):
@@ -99,7 +103,9 @@ def import_store(
     packed = open_images(images)
     if packed.fingerprint != exported.draft.images:
         raise StoreError(
-            f"the images in {exported.place} are not those that the teacher answered for; export again"
+            f"the images in {exported.place} are not those that the teacher answered for; export again",
+            path=exported.place,
+            fields={"images": (exported.draft.images, packed.fingerprint)},
         )
     writer = StoreWriter(store, exported.draft)
     writer.create()
@@ -121,11 +127,18 @@ class _Export:
         try:
             about = unseal(where.read(ABOUT), SCHEMA_VERSION)
         except FileNotFoundError:
-            raise StoreError(f"{where} has no {ABOUT}: make an export with: e2kd export STORE DEST") from None
+            raise StoreError(
+                f"{where} has no {ABOUT}: make an export with: e2kd export STORE DEST",
+                path=f"{where}/{ABOUT}",
+            ) from None
         except NewerSchema as error:
-            raise StoreError(f"{where}/{ABOUT} has schema {error}; update e2kd") from None
+            raise StoreError(
+                f"{where}/{ABOUT} has schema {error}; update e2kd", path=f"{where}/{ABOUT}"
+            ) from None
         except ValueError as error:
-            raise StoreError(f"{where}/{ABOUT} is damaged ({error}); export again") from None
+            raise StoreError(
+                f"{where}/{ABOUT} is damaged ({error}); export again", path=f"{where}/{ABOUT}"
+            ) from None
         self.packed: dict[str, Any] = about["packed"]
         self.draft = ManifestDraft.model_validate(about["store"])
         self._shard, self._samples = -1, list[tuple[str, dict[str, bytes]]]()
@@ -155,7 +168,7 @@ class _Export:
 
     def _read(self, shard: int) -> list[tuple[str, dict[str, bytes]]]:
         if shard != self._shard:
-            name, found = f"shard-{shard:06d}.tar", dict[str, dict[str, bytes]]()
+            name, samples = f"shard-{shard:06d}.tar", dict[str, dict[str, bytes]]()
             try:
                 data, record = self.place.read(name), unseal(self.place.read(_record(name)), SCHEMA_VERSION)
                 if [len(data), hashlib.sha256(data).hexdigest()] != [record["bytes"], record["sha256"]]:
@@ -165,21 +178,23 @@ class _Export:
                         key, _, extension = member.name.partition(".")
                         file = archive.extractfile(member)
                         assert file is not None
-                        found.setdefault(key, {})[extension] = file.read()
+                        samples.setdefault(key, {})[extension] = file.read()
             except (FileNotFoundError, tarfile.TarError, ValueError, KeyError) as error:
                 raise self._damaged(name, error) from None
             rows = self.draft.shape.shard_rows(shard)
-            lacking = [key for key, members in found.items() if not set(members) >= _ANSWERS]
-            if lacking or len(found) != len(rows):
+            lacking = [key for key, members in samples.items() if not set(members) >= _ANSWERS]
+            if lacking or len(samples) != len(rows):
                 raise self._damaged(
-                    name, f"{lacking[0]} lacks its answers" if lacking else f"{len(found)} samples"
+                    name, f"{lacking[0]} lacks its answers" if lacking else f"{len(samples)} samples"
                 )
-            self._shard, self._samples = shard, list(found.items())
+            self._shard, self._samples = shard, list(samples.items())
         return self._samples
 
     def _damaged(self, name: str, what: object) -> StoreError:
         line = str(what).splitlines()[0] if str(what) else type(what).__name__
-        return StoreError(f"{self.place}/{name} is damaged or missing ({line}); export again")
+        return StoreError(
+            f"{self.place}/{name} is damaged or missing ({line}); export again", path=f"{self.place}/{name}"
+        )
 
 
 def _record(tar: str) -> str:
@@ -195,7 +210,8 @@ def _about(store: TeacherStore, images: ImageSet) -> dict[str, Any]:
         packed = unseal(images.place.read("packing.json"), SCHEMA_VERSION)
     except (FileNotFoundError, ValueError):
         raise ImageSetError(
-            f"{images.place}/packing.json is missing or damaged; run: e2kd verify --repair {images.place}"
+            f"{images.place}/packing.json is missing or damaged; run: e2kd verify --repair {images.place}",
+            path=f"{images.place}/packing.json",
         ) from None
     return {
         "schema_version": SCHEMA_VERSION,

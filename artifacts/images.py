@@ -172,7 +172,8 @@ class ImageSet:
                 pixels = np.asarray(image.convert(mode))
         except ImageSetError:
             raise
-        except Exception as error:  # Pillow raises whatever its decoders raise
+        # Pillow raises whatever its decoders raise
+        except Exception as error:
             raise self._damaged(row, error) from None
         if pixels.shape[:2] != (self.size, self.size):
             raise self._damaged(row, f"it has {pixels.shape[:2]} pixels, not {self.size} x {self.size}")
@@ -190,10 +191,15 @@ class ImageSet:
         return {extension: self._member(row, extension) for extension in self._extensions(row)}
 
     def _damaged(self, row: int, what: object) -> ImageSetError:
-        name = self.shards[row // self.rows_per_shard].name
+        (rows, position), shard = self._find(row), row // self.rows_per_shard
+        name = self.shards[shard].name
         return ImageSetError(
             f"{self.place}/{name}: row {row} cannot be decoded ({what}); the file is damaged, "
-            f"run: e2kd verify --repair {self.place}"
+            f"run: e2kd verify --repair {self.place}",
+            path=f"{self.place}/{name}",
+            shard=shard,
+            rows=range(row, row + 1),
+            key=rows.keys[position],
         )
 
     def _member(self, row: int, extension: str) -> bytes:
@@ -235,7 +241,10 @@ def open_images(url: Url) -> ImageSet:
         rows = images.shard_rows(shard)
         raise ImageSetError(
             f"{images.place}/{images.shards[shard].name} (rows {rows.start} to {rows.stop - 1}) {what}; "
-            f"run: e2kd verify --repair {images.place}"
+            f"run: e2kd verify --repair {images.place}",
+            path=f"{images.place}/{images.shards[shard].name}",
+            shard=shard,
+            rows=rows,
         )
     return images
 
@@ -245,25 +254,27 @@ def load_images(url: Url) -> ImageSet:
     where = place(url)
     if not where.exists("index.json"):
         state = "was not finished" if where.exists("packing.json") else "is not there"
-        raise ImageSetError(f"the image set {where} {state}; run: e2kd pack CONFIG")
+        raise ImageSetError(f"the image set {where} {state}; run: e2kd pack CONFIG", path=where)
     file = f"{where}/index.json"
     try:
         return ImageSet(where, unseal(where.read("index.json"), SCHEMA_VERSION))
     except NewerSchema as error:
         raise ImageSetError(
-            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd", path=file
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ImageSetError(f"{file} is damaged ({error!r}); delete it and run: e2kd pack CONFIG") from None
+        raise ImageSetError(
+            f"{file} is damaged ({error!r}); delete it and run: e2kd pack CONFIG", path=file
+        ) from None
 
 
 def wrong_tars(images: ImageSet) -> dict[int, str]:
     """Shard -> what is wrong with the size of its tar, or with its row list."""
     wrong, sizes = {}, images.place.sizes()
     for number, shard in enumerate(images.shards):
-        found = sizes.get(shard.name)
-        if found != shard.bytes:
-            wrong[number] = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
+        size = sizes.get(shard.name)
+        if size != shard.bytes:
+            wrong[number] = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
         elif row_list(shard.name) not in sizes:
             wrong[number] = "has no row list"
     return wrong

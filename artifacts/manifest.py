@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from artifacts.names import flat
+
 SCHEMA_VERSION = 1
 
 
@@ -107,22 +109,13 @@ class Manifest(ManifestDraft):
     versions: dict[str, str]
 
 
-def differences(old: BaseModel, new: BaseModel) -> list[str]:
-    """`field: store X, config Y` for every field of the draft that differs."""
-    a, b = (m.model_dump(include=set(ManifestDraft.model_fields)) for m in (old, new))
-    return [f"{key}: store {x!r}, config {y!r}" for key, (x, y) in differing_values(a, b).items()]
+def differences(old: ManifestDraft, new: ManifestDraft) -> dict[str, tuple[Any, Any]]:
+    """By dotted name, the values of both for every field of the draft that differs; None if one lacks the field."""
+    names = set(ManifestDraft.model_fields)
+    return differing_values(*(draft.model_dump(include=names) for draft in (old, new)))
 
 
 def differing_values(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old value, new value) of nested mappings, if they differ; None for a key that is not there."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return flat

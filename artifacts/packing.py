@@ -83,13 +83,18 @@ def _begin(where: Place, plan: dict[str, Any]) -> None:
     if old is None and index is not None:  # packing.json was lost: the index says most of it
         old = {**plan, **{key: index[key] for key in KEPT}, "count": index["rows"]}
     elif old is None and where.exists("packing.json"):
-        raise ImageSetError(f"{where}/packing.json is damaged; delete the folder and run: e2kd pack CONFIG")
+        raise ImageSetError(
+            f"{where}/packing.json is damaged; delete the folder and run: e2kd pack CONFIG",
+            path=f"{where}/packing.json",
+        )
     differing = [] if old is None else [key for key in plan if old.get(key) != plan[key]]
     if old is not None and differing:
         lines = "\n".join(f"  {key}: packed {old.get(key)!r}, config {plan[key]!r}" for key in differing)
         raise ImageSetError(
             f"{where} holds other images than the config asks for:\n{lines}\n"
-            f"use another folder (--out DIR), or delete it: rm -r {where}"
+            f"use another folder (--out DIR), or delete it: rm -r {where}",
+            path=where,
+            fields={key: (old.get(key), plan[key]) for key in differing},
         )
     data = seal(plan)
     if not where.exists("packing.json") or where.read("packing.json") != data:
@@ -102,7 +107,8 @@ def _sealed(where: Place, name: str) -> dict[str, Any] | None:
         return unseal(where.read(name), SCHEMA_VERSION)
     except NewerSchema as error:
         raise ImageSetError(
-            f"{where}/{name} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+            f"{where}/{name} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd",
+            path=f"{where}/{name}",
         ) from None
     except (FileNotFoundError, ValueError):
         return None
@@ -130,7 +136,12 @@ def _write_shard(
                     (found.key, _members(found, image_format)) if isinstance(found, Sample) else found
                 )
                 if not _KEY.fullmatch(key):
-                    raise ImageSetError(f"key {key!r} of row {row}: use only letters, digits, _ and -")
+                    raise ImageSetError(
+                        f"key {key!r} of row {row}: use only letters, digits, _ and -",
+                        path=where,
+                        rows=range(row, row + 1),
+                        key=key,
+                    )
                 _claim(seen, key, row, where)
                 writer.write({"__key__": key, **members})
                 if progress:
@@ -146,7 +157,12 @@ def _write_shard(
 
 def _claim(seen: dict[str, int], key: str, row: int, where: Place) -> None:
     if seen.setdefault(key, row) != row:
-        raise ImageSetError(f"{where}: rows {seen[key]} and {row} have the same key {key}")
+        raise ImageSetError(
+            f"{where}: rows {seen[key]} and {row} have the same key {key}",
+            path=where,
+            rows=range(row, row + 1),
+            key=key,
+        )
 
 
 def _finished(where: Place, tar: str, count: int) -> RowList | None:

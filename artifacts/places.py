@@ -6,7 +6,6 @@ machine (artifacts/cache.py) and checked on the way; one that does not fit there
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import tempfile
@@ -19,15 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from artifacts import cache
-from artifacts.durable import appearing, naming, sweep, sync_folder
-from artifacts.errors import PlaceError
+from artifacts.access import FULL, reading_from, writing_to
+from artifacts.durable import appearing, sweep, sync_folder
+from artifacts.errors import PlaceError, WriteError
 
 T = TypeVar("T")
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.2
 """Seconds before the second attempt of a failed remote call; doubles with each, plus up to as much at random."""
-
 
 OPEN_VIEWS = 128
 """Files held open per place: a big store has more objects than a process may open files."""
@@ -42,7 +41,10 @@ class View(ABC):
 
 
 class Place(ABC):
-    """A folder of objects, named by relative paths with slashes. `str(place)` is its path or URL."""
+    """A folder of objects, named by relative paths with slashes. `str(place)` is its path or URL.
+
+    Whatever reads raises PlaceError if the object cannot be reached, whatever writes WriteError or PlaceError.
+    """
 
     url: str
 
@@ -117,7 +119,7 @@ def place(url: Url) -> Place:
         return url
     text = os.fspath(url).removeprefix("file://")
     if text.startswith("://"):
-        raise PlaceError(f"{text} is no URL: it has no protocol")
+        raise PlaceError(f"{text} is no URL: it has no protocol", path=text)
     return RemotePlace(text) if "://" in text else LocalPlace(text)
 
 
@@ -132,20 +134,25 @@ class LocalPlace(Place):
         return str(self.path)
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        file = self.path / name
+        with reading_from(file):
+            return file.read_bytes()
 
     def size(self, name: str) -> int | None:
         file = self.path / name
-        return file.stat().st_size if file.is_file() else None
+        with reading_from(file):
+            return file.stat().st_size if file.is_file() else None
 
     def sizes(self) -> dict[str, int]:
-        found = {}
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                file = Path(folder, name)
-                with suppress(FileNotFoundError):  # another process has just renamed or removed it
-                    found[file.relative_to(self.path).as_posix()] = file.stat().st_size
-        return found
+        sizes = {}
+        with reading_from(self.path):
+            for folder, _, names in os.walk(self.path, onerror=_not_listed):
+                for name in names:
+                    file = Path(folder, name)
+                    # another process may just have renamed or removed it
+                    with suppress(FileNotFoundError):
+                        sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return sizes
 
     def _view(self, name: str, size: int, sha256: str) -> View:
         return _File(self.path / name)
@@ -155,7 +162,7 @@ class LocalPlace(Place):
 
     def remove(self, name: str) -> None:
         file = self.path / name
-        with naming(file), suppress(FileNotFoundError):
+        with writing_to(file), suppress(FileNotFoundError):
             file.unlink()
             sync_folder(file.parent)
 
@@ -163,6 +170,12 @@ class LocalPlace(Place):
         for name in self.sizes():
             if name.endswith(".partial"):
                 sweep(self.path / name)
+
+
+def _not_listed(error: OSError) -> None:
+    """A folder that is not there holds nothing; one that may not be listed is no empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 class RemotePlace(Place):
@@ -188,7 +201,7 @@ class RemotePlace(Place):
                     **({"skip_instance_cache": True} if forked else {}),
                 )
             except (ImportError, ValueError) as error:
-                raise PlaceError(f"cannot open {self.url}: {error}") from None
+                raise PlaceError(f"cannot open {self.url}: {error}", path=self.url) from None
             self._process = os.getpid()
         return self._system
 
@@ -204,11 +217,11 @@ class RemotePlace(Place):
 
     def sizes(self) -> dict[str, int]:
         try:
-            found = self._call("", lambda path: self.system.find(path, detail=True))
+            objects = self._call("", lambda path: self.system.find(path, detail=True))
         except FileNotFoundError:
             return {}
         root = self.system._strip_protocol(self.url).rstrip("/") + "/"
-        return {path.removeprefix(root): int(info["size"]) for path, info in found.items()}
+        return {path.removeprefix(root): int(about["size"]) for path, about in objects.items()}
 
     def _view(self, name: str, size: int, sha256: str) -> View:
         def fetch(file: Path) -> None:
@@ -226,11 +239,12 @@ class RemotePlace(Place):
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="e2kd-") as folder:
+        with _scratch() as folder:
             file = Path(folder, "object")
-            file.touch()
-            yield file
-            self._call(name, lambda path: self._put(file, path))
+            with writing_to(file):
+                file.touch()
+                yield file
+                self._call(name, lambda path: self._put(file, path))
 
     def remove(self, name: str) -> None:
         try:
@@ -242,15 +256,14 @@ class RemotePlace(Place):
         return {**super().__getstate__(), "_system": None, "_process": -1}
 
     def _put(self, file: Path, path: str) -> None:
-        if not self.url.startswith(
-            ("s3://", "gs://")
-        ):  # they have no folders, and looking for them needs rights
+        # S3 and GCS have no folders, and looking for them needs rights
+        if not self.url.startswith(("s3://", "gs://")):
             self.system.makedirs(self.system._parent(path), exist_ok=True)
         self.system.put_file(str(file), path)
-        found = int(self.system.info(path)["size"])
-        if found != file.stat().st_size:
+        arrived = int(self.system.info(path)["size"])
+        if arrived != file.stat().st_size:
             self.system.rm_file(path)
-            raise OSError(f"{found} of {file.stat().st_size} bytes arrived")
+            raise OSError(f"{arrived} of {file.stat().st_size} bytes arrived")
 
     def _call(self, name: str, call: Callable[[str], T]) -> T:
         """Repeat a failing call; what cannot be mended by waiting is raised at once."""
@@ -262,28 +275,50 @@ class RemotePlace(Place):
             except FileNotFoundError:
                 raise
             except PermissionError as error:
-                raise PlaceError(f"no access to {self.url}/{name} ({error}); check the credentials") from None
-            except Exception as error:  # each protocol has its own
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    raise  # the disk of this machine
+                raise PlaceError(
+                    f"no access to {self.url}/{name} ({error}); check the credentials",
+                    path=f"{self.url}/{name}",
+                ) from None
+            # each protocol has its own
+            except Exception as error:
+                # the disk of this machine
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
                 if attempt == ATTEMPTS:
                     raise PlaceError(
                         f"{self.url}/{name} failed {ATTEMPTS} times ({type(error).__name__}: {error}); "
-                        "check the address and the network, then run the same command again"
+                        "check the address and the network, then run the same command again",
+                        path=f"{self.url}/{name}",
                     ) from error
             time.sleep(wait * (1 + random.random()))
             wait *= 2
         raise AssertionError
 
 
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for an object until it is sent. Raises WriteError if this machine has no place for one."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="e2kd-")
+    except OSError as error:
+        raise WriteError(
+            f"no folder for temporary files can be written ({error.strerror}); set TMPDIR to one that can",
+            errno=error.errno,
+        ) from error
+
+
 class _File(View):
     """A local file, held open. Not mapped into memory: touching a mapped file that became shorter kills the process."""
 
     def __init__(self, file: Path) -> None:
-        self._handle = os.open(file, os.O_RDONLY)
+        with reading_from(file):
+            self._handle = os.open(file, os.O_RDONLY)
+        self._file = file
 
     def __getitem__(self, part: slice) -> bytes:
-        return os.pread(self._handle, part.stop - part.start, part.start)
+        try:
+            return os.pread(self._handle, part.stop - part.start, part.start)
+        except OSError as error:
+            raise PlaceError(f"cannot read {self._file}: {error.strerror}", path=self._file) from error
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):

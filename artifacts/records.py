@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -21,16 +21,18 @@ def commit_name(shard: int) -> str:
 
 
 def read_record(place: Place, name: str, model: type[_Model]) -> _Model:
-    """Raises StoreError for a newer format, DamagedStore where the file is not an unchanged `model`."""
+    """Raises StoreError for a newer format, DamagedStore if the file is not an unchanged `model`."""
     file = f"{place}/{name}"
     try:
         return model.model_validate(unseal(place.read(name), SCHEMA_VERSION))
     except NewerSchema as error:
         raise StoreError(
-            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd"
+            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd", path=file
         ) from None
     except (ValueError, TypeError) as error:
-        raise DamagedStore(f"{file} is damaged ({type(error).__name__}); delete it and {MEND}") from None
+        raise DamagedStore(
+            f"{file} is damaged ({type(error).__name__}); delete it and {MEND}", path=file
+        ) from None
 
 
 def write_record(place: Place, name: str, record: BaseModel) -> None:
@@ -41,28 +43,39 @@ def check_same(place: Place, old: ManifestDraft, new: ManifestDraft) -> None:
     """Raises MismatchedStore with the differing fields."""
     differing = differences(old, new)
     if differing:
-        lines = "\n".join(f"  {line}" for line in differing)
-        raise MismatchedStore(
-            f"{place} was made for something else:\n{lines}\n"
-            f"give this one another name (store.name), or delete the folder and {MEND}"
-        )
+        raise mismatch(place, differing)
+
+
+def mismatch(place: Place, differing: Mapping[str, tuple[Any, Any]]) -> MismatchedStore:
+    """The error for stores at `place` that belong to something else. `differing`: by name, (store's, config's)."""
+    lines = "\n".join(f"  {key}: store {old!r}, config {new!r}" for key, (old, new) in differing.items())
+    return MismatchedStore(
+        f"{place} was made for something else:\n{lines}\n"
+        f"give this one another name (store.name), or delete the folder and {MEND}",
+        path=place,
+        fields=differing,
+    )
 
 
 def wrong_sizes(record: ShardRecord, sizes: Mapping[str, int]) -> dict[str, str]:
     """Array -> what is wrong with its object's size; `sizes` are those of the place."""
     wrong = {}
     for name, item in record.arrays.items():
-        found = sizes.get(item.path)
-        if found != item.bytes:
-            wrong[name] = "is missing" if found is None else f"has {found} bytes, not {item.bytes}"
+        size = sizes.get(item.path)
+        if size != item.bytes:
+            wrong[name] = "is missing" if size is None else f"has {size} bytes, not {item.bytes}"
     return wrong
 
 
-def damage(place: Place, name: str, shard: int, rows: range, what: str) -> str:
-    """The sentence for a damaged object."""
-    return (
+def damaged(place: Place, name: str, shard: int, rows: range, what: str) -> DamagedStore:
+    """The error for an object of an array, or for some rows of it; `what` is wrong with it."""
+    return DamagedStore(
         f"{place}: array {name}, shard {shard} (rows {rows.start} to {rows.stop - 1}) {what}; "
-        f"run: e2kd verify --repair {place}"
+        f"run: e2kd verify --repair {place}",
+        path=place,
+        array=name,
+        shard=shard,
+        rows=rows,
     )
 
 

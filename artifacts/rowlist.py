@@ -103,5 +103,6 @@ def read_row_list(where: Place, tar: str, sha256: str | None = None) -> RowList:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ImageSetError(
-            f"{where}/{row_list(tar)} is damaged ({error}); run: e2kd verify --repair {where}"
+            f"{where}/{row_list(tar)} is damaged ({error}); run: e2kd verify --repair {where}",
+            path=f"{where}/{row_list(tar)}",
         ) from None

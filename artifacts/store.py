@@ -12,17 +12,15 @@ when it is read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import zarr
 
 from artifacts.arrays import array_plans, decompress, read_index
 from artifacts.codecs import decode_logits, decode_maps, get_codec
-from artifacts.errors import DamagedStore, IncompleteStore, PlaceError
+from artifacts.errors import DamagedStore, IncompleteStore
 from artifacts.manifest import Manifest, ManifestDraft
-from artifacts.places import LocalPlace, Place, Url, place
-from artifacts.records import MEND, check_same, damage, incomplete, read_record, wrong_sizes
+from artifacts.places import Place, Url, place
+from artifacts.records import MEND, check_same, damaged, incomplete, read_record, wrong_sizes
 from artifacts.rows import NO_CLASS, TeacherRows
 from artifacts.writer import StoreWriter
 
@@ -44,7 +42,7 @@ class TeacherStore:
         return self.manifest.shape.rows
 
     def read(self, rows: Sequence[int] | np.ndarray) -> TeacherRows:
-        """Rows in any order. Raises DamagedStore, naming array, shard and rows, where bytes were changed."""
+        """Rows in any order. Raises DamagedStore, with array, shard and rows, if bytes were changed."""
         index = self._index(rows)
         logit_scale = self._take("logit_scale", index) if "logit_scale" in self.plans else None
         return TeacherRows(
@@ -59,9 +57,8 @@ class TeacherStore:
         plan, scale = self.plans["maps"], self._take("map_scale", index)
         if plan.chunk_rows > 1:
             return decode_maps(self._maps, self._take("maps", index), scale)
-        maps = np.empty(
-            (len(index), *plan.tail), np.float32
-        )  # decoded in place: a copy costs more than decoding
+        # decoded in place: a copy costs more than decoding
+        maps = np.empty((len(index), *plan.tail), np.float32)
         for position, _, chunk in self._chunks_of("maps", index):
             here = slice(position, position + 1)
             decode_maps(self._maps, chunk, scale[here], out=maps[here])
@@ -78,16 +75,8 @@ class TeacherStore:
         chunks = [self._chunk(name, row) for row in range(span.start, span.stop, step)]
         return np.concatenate(chunks)[: len(span)]
 
-    def array(self, name: str) -> Any:
-        """The zarr array of a store on this machine, for reading by other means; nothing is checked but by zarr."""
-        if not isinstance(self.place, LocalPlace):
-            raise PlaceError(
-                f"{self.place} is not a folder of this machine; open it with zarr and an fsspec store"
-            )
-        return zarr.open_array(self.place.path / name, mode="r", zarr_format=3)
-
     def check_metadata(self, name: str) -> None:
-        """Raises DamagedStore where an array's zarr.json is not the one that was written."""
+        """Raises DamagedStore if an array's zarr.json is not the one that was written."""
         if name in self._checked:
             return
         try:
@@ -96,7 +85,9 @@ class TeacherStore:
             same = False
         if not same:
             raise DamagedStore(
-                f"{self.place}: zarr.json of array {name} was changed; run: e2kd verify --repair {self.place}"
+                f"{self.place}: zarr.json of array {name} was changed; run: e2kd verify --repair {self.place}",
+                path=self.place,
+                array=name,
             )
         self._checked.add(name)
 
@@ -144,7 +135,7 @@ class TeacherStore:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             start = row - inside % plan.chunk_rows
             rows = range(start, min(start + plan.chunk_rows, self.manifest.shape.shard_rows(shard).stop))
-            raise DamagedStore(damage(self.place, name, shard, rows, what)) from None
+            raise damaged(self.place, name, shard, rows, what) from None
 
     def _read_chunk(self, name: str, shard: int, number: int) -> np.ndarray:
         plan, record = self.plans[name], self.manifest.shards[shard].arrays[name]
@@ -165,15 +156,13 @@ def open_store(url: Url) -> TeacherStore:
     """Open a finished store, at a path or an fsspec URL. All sizes are checked here, bytes when rows are read.
 
     Raises IncompleteStore while precompute has not finished, DamagedStore for missing or short objects,
-    StoreError for a newer format, PlaceError where the URL cannot be reached.
+    StoreError for a newer format, PlaceError if the URL cannot be reached.
     """
     store = load_store(url)
     sizes = store.place.sizes()
     for record in store.manifest.shards:
         for name, what in wrong_sizes(record, sizes).items():
-            raise DamagedStore(
-                damage(store.place, name, record.shard, range(record.start, record.stop), what)
-            )
+            raise damaged(store.place, name, record.shard, range(record.start, record.stop), what)
     return store
 
 
@@ -181,7 +170,7 @@ def load_store(url: Url) -> TeacherStore:
     """`open_store` without a look at the objects."""
     where = place(url)
     if not where.exists("manifest.json"):
-        raise IncompleteStore(_state(where))
+        raise IncompleteStore(_state(where), path=where)
     return TeacherStore(where, read_record(where, "manifest.json", Manifest))
 
 

@@ -45,7 +45,8 @@ class StoreWriter:
             return
         if any(name.startswith("commits/") for name in self.place.sizes()):
             raise StoreError(
-                f"{self.place} has shards but no draft.json: delete the folder and precompute again"
+                f"{self.place} has shards but no draft.json: delete the folder and precompute again",
+                path=self.place,
             )
         self.write_metadata()
         write_record(self.place, "draft.json", self.draft)
@@ -84,7 +85,7 @@ class StoreWriter:
         """Write the manifest once every shard is committed. Raises IncompleteStore while one is missing."""
         shape, records = self.draft.shape, self._records()
         if len(records) < shape.shards:
-            raise IncompleteStore(incomplete(self.place, len(records), shape.shards))
+            raise IncompleteStore(incomplete(self.place, len(records), shape.shards), path=self.place)
         shards = [records[shard] for shard in range(shape.shards)]
         self.place.sweep()
         manifest = Manifest(
@@ -120,8 +121,8 @@ class ShardStream:
 
     Holds a few batches, one shard of compressed bytes, and the one before it while that is being written. Leaving the
     block waits for the last commit; leaving it by an exception (Ctrl-C) lets a running write finish and drops the rest.
-    Errors of the background come out of the next call: DataError naming the sample where the teacher's numbers are not
-    finite or do not fit the codec, OSError where a disk is full.
+    Errors of the background come out of the next call: DataError with the sample's key if the teacher's numbers are not
+    finite or do not fit the codec, WriteError if a disk is full.
     """
 
     def __init__(self, writer: StoreWriter, threads: int | None = None) -> None:
@@ -267,10 +268,13 @@ def _encode(draft: ManifestDraft, plan: ArrayPlan, rows: np.ndarray, keys: Seque
     try:
         stored, scale = (encode_logits if plan.name == "logits" else encode_maps)(codec, rows)
     except ValueError as error:
+        key = keys[int(error.args[0])]
         exact = "fp32" if plan.name == "logits" else "lossless"
         raise DataError(
-            f"the teacher's {plan.name} for sample {keys[int(error.args[0])]} are not finite or too large for "
-            f"{codec.codec_id}; check the teacher's weights and precision, or set store.{plan.name}: {exact}"
+            f"the teacher's {plan.name} for sample {key} are not finite or too large for "
+            f"{codec.codec_id}; check the teacher's weights and precision, or set store.{plan.name}: {exact}",
+            array=plan.name,
+            key=key,
         ) from None
     dead = 0 if plan.name == "logits" else int(dead_rows(rows).sum())
     return _Chunk(compress(plan, stored), scale, dead)

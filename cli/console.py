@@ -19,10 +19,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from artifacts.access import writing_to
 from pipeline.progress import Advance
 
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _SPARSE_SECONDS = 15.0
 
@@ -58,7 +58,8 @@ class SparseProgress:
     """One line at the end of each piece of work, and one every 15 s in between (logs, CI, pipes)."""
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        with writing_to("the standard output"):
+            print(line, flush=True)
 
     @contextmanager
     def bar(self, label: str, total: int, unit: str) -> Iterator[Advance]:
@@ -72,12 +73,12 @@ class SparseProgress:
             if now - spoken >= _SPARSE_SECONDS and 0 < count < total:
                 spoken = now
                 left = (now - started) / count * (total - count)
-                print(f"{label}: {count}/{total} {unit}s, {left:.0f} s left", flush=True)
+                self.say(f"{label}: {count}/{total} {unit}s, {left:.0f} s left")
 
         yield advance
         seconds = time.monotonic() - started
         rate = f"{count / seconds:,.1f} {unit}/s" if seconds > 0 else ""
-        print(f"{label}: {count}/{total} {unit}s in {seconds:.1f} s ({rate})", flush=True)
+        self.say(f"{label}: {count}/{total} {unit}s in {seconds:.1f} s ({rate})")
 
 
 def progress() -> TerminalProgress | SparseProgress:

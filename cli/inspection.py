@@ -22,6 +22,7 @@ from artifacts import (
     verify_images,
     verify_store,
 )
+from artifacts.access import writing_to
 from artifacts.images import load_images
 from artifacts.places import Place, place
 from artifacts.store import load_store
@@ -62,7 +63,8 @@ def portray(url: str, row: int | None, key: str | None, images_url: str | None, 
     assert row is not None
     if not 0 <= row < len(store):
         raise ConfigError(f"row {row} is not in {store.place}, which has rows 0 to {len(store) - 1}")
-    png.parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(png):
+        png.parent.mkdir(parents=True, exist_ok=True)
     for name, logit in draw_row(store, images, row, png):
         print(f"{logit:9.3f}  {name}")
     print(f"drawn: {png}")

@@ -6,7 +6,6 @@ Nothing here imports torch: `e2kd --help` must start at once, so the stages are 
 
 from __future__ import annotations
 
-import errno
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -307,7 +306,10 @@ def main() -> None:
 
 
 def run_guarded(command: Callable[[], object]) -> int:
-    """Run a command and return its exit code; only bugs keep their traceback."""
+    """Run a command and return its exit code: 2 for every error of the tree, which is one message.
+
+    Any other exception is a bug, an OSError too, and keeps its traceback.
+    """
     try:
         command()
         return 0
@@ -317,30 +319,12 @@ def run_guarded(command: Callable[[], object]) -> int:
         code = stop.code if isinstance(stop.code, int) else 0
         return _interrupted() if code == 130 else code
     except Exception as error:
-        from artifacts.errors import E2kdError  # not at the start: `artifacts` imports zarr
+        # imported here and not at the start: `artifacts` imports zarr
+        from artifacts.errors import E2kdError, JobsFailed
 
-        if isinstance(error, E2kdError):
-            return _fail(str(error), error.exit_code)
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            where = f" {error.filename}" if error.filename else ""
-            return _fail(
-                f"cannot write{where}: {error.strerror}; mend that and run the same command again", 2
-            )
-        raise
-
-
-_UNWRITABLE = (
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.EIO,
-    errno.EFBIG,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-)
+        if not isinstance(error, E2kdError):
+            raise
+        return _fail(str(error), error.exit_code if isinstance(error, JobsFailed) else 2)
 
 
 def _interrupted() -> int:

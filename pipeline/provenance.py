@@ -12,7 +12,7 @@ from typing import Any
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
-from artifacts.errors import E2kdError, IncompleteStore, MismatchedStore, ModelError
+from artifacts.errors import E2kdError, IncompleteStore, ModelError
 from artifacts.manifest import (
     SCHEMA_VERSION,
     CodecInfo,
@@ -23,7 +23,7 @@ from artifacts.manifest import (
     TeacherInfo,
     differing_values,
 )
-from artifacts.records import MEND, read_record, write_record
+from artifacts.records import MEND, mismatch, read_record, write_record
 from pipeline.config import Experiment, ExplainConfig
 from pipeline.explain import by_name
 from pipeline.workspace import Workspace
@@ -31,9 +31,6 @@ from pipeline.workspace import Workspace
 FILE = "teacher.json"
 WEIGHTS = "teacher.safetensors"
 """A taught teacher's weights, beside stores that other folders and machines use (`artifacts: URL`)."""
-
-
-MISMATCH = f"give this one another name (store.name), or delete the folder and {MEND}"
 
 
 class WeightsFile(Record):
@@ -119,10 +116,8 @@ def write_teacher(workspace: Workspace, record: TeacherRecord) -> None:
     """
     known = read_teacher(workspace)
     if known is not None and known.weights_sha256 != record.weights_sha256 and _any_store(workspace):
-        raise MismatchedStore(
-            f"{workspace.beside_stores} was made for something else:\n  teacher.weights_sha256: store "
-            f"{known.weights_sha256!r}, config {record.weights_sha256!r}\n{MISMATCH}"
-        )
+        weights = {"teacher.weights_sha256": (known.weights_sha256, record.weights_sha256)}
+        raise mismatch(workspace.beside_stores, weights)
     if known is None or known.model_copy(update={"file": record.file}) != record:
         write_record(workspace.beside_stores, FILE, record)
 
@@ -135,12 +130,9 @@ def _any_store(workspace: Workspace) -> bool:
 
 def check_teacher(workspace: Workspace, record: TeacherRecord) -> None:
     """Raises MismatchedStore with the differing settings unless the config's teacher is the recorded one."""
-    differing = differing_values(record.config, described(workspace.experiment))
+    differing = differing_values({"teacher": record.config}, {"teacher": described(workspace.experiment)})
     if differing:
-        lines = "\n".join(
-            f"  teacher.{key}: store {old!r}, config {new!r}" for key, (old, new) in differing.items()
-        )
-        raise MismatchedStore(f"{workspace.beside_stores} was made for something else:\n{lines}\n{MISMATCH}")
+        raise mismatch(workspace.beside_stores, differing)
 
 
 def described(experiment: Experiment) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from artifacts.access import write_error, writing_to
 from artifacts.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,8 +101,9 @@ def locked(file: Path, fabric: Fabric) -> Iterator[bool]:
     """
     mine, handle = True, None
     if fabric.is_global_zero:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a")
+        with writing_to(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = file.open("a")
         _held.add(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +111,7 @@ def locked(file: Path, fabric: Fabric) -> Iterator[bool]:
             mine = False
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                raise
+                raise write_error(error, file) from error
     try:
         yield bool(fabric.broadcast(mine))
     finally:

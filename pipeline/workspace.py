@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from artifacts import ImageSet, TeacherStore, open_images, open_store
 from artifacts.errors import ConfigError, DataError, StoreError
+from artifacts.names import in_file_name
 from artifacts.places import LocalPlace, Place, Url, place
 from pipeline.config import Experiment, load
 from pipeline.progress import Progress, Quiet
@@ -29,7 +30,7 @@ CODEC_COST = "codec-cost.json"
 
 def teacher_scores(split: str) -> str:
     """The file beside the stores with the teacher's own scores on a split."""
-    return f"teacher-{split.replace('/', '--')}.json"
+    return f"teacher-{in_file_name(split)}.json"
 
 
 @dataclass(frozen=True)

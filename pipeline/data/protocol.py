@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from artifacts.access import reading_from
 from artifacts.errors import ConfigError, DataError
 from pipeline.config import Files
 from pipeline.config.data import Folder
@@ -27,7 +28,8 @@ FindUnreadable = Callable[[str, Listing], Collection[str]]
 
 def split_names(data: Files) -> list[str]:
     """The published splits, and `val` if the config holds one out of `train`. Raises ConfigError if it cannot."""
-    names = list(lister(data).split_names(data))
+    with reading_from(data.root, DataError):
+        names = list(lister(data).split_names(data))
     if data.val_per_class is not None and "val" in names:
         raise ConfigError(
             f"data.val_per_class: {data.source} has its own val ({data.root}); remove val_per_class"
@@ -46,7 +48,8 @@ def open_split(
 ) -> ListedSource:
     """A split in the order of its rows. The images that `unreadable` finds are left out before the split is cut."""
     origin = published_split(data, split)
-    listing = lister(data).open_listing(data, origin)
+    with reading_from(data.root, DataError):
+        listing = lister(data).open_listing(data, origin)
     _check_once(data, origin, listing)
     left_out = frozenset(unreadable(origin, listing) if unreadable else ())
     entries = [entry for entry in listing.entries if entry.id not in left_out]

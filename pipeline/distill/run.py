@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from artifacts import ImageSet, TeacherStore
-from artifacts.errors import ConfigError
+from artifacts.errors import ConfigError, Diverged
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import StudentConfig
 from pipeline.data.batches import PairedRows, TrainBatches
@@ -27,7 +27,7 @@ from pipeline.explain import Explainer
 from pipeline.models import Explainable, build
 from pipeline.models.sync_norm import convert
 from pipeline.provenance import class_count, matching_store
-from pipeline.training.loop import Diverged, Training, fit
+from pipeline.training.loop import Training, fit
 from pipeline.training.run import Run, run_settings, student_defaults
 from pipeline.training.trained import build_explainer, load_teacher
 from pipeline.workspace import Workspace

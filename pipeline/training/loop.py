@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from artifacts.errors import ConfigError, E2kdError
+from artifacts.errors import CheckpointError, ConfigError, Diverged
 from pipeline.config import Schedule
 from pipeline.data.batches import Batch, TrainBatches
 from pipeline.devices import reduced
@@ -19,7 +19,7 @@ from pipeline.models import save_weights
 from pipeline.progress import Progress
 from pipeline.training.keep import NO_BEST, Keeper
 from pipeline.training.pareto import ParetoFront
-from pipeline.training.run import CheckpointError, Run
+from pipeline.training.run import Run
 from pipeline.training.schedule import build_optimizer, clip_gradients, learning_rate
 
 
@@ -35,10 +35,6 @@ LossFn = Callable[[nn.Module, Batch, int, int], StepLoss]
 
 Validate = Callable[[], dict[str, float]]
 """Scores by name, the higher the better; the same ones at every call."""
-
-
-class Diverged(E2kdError):
-    """The loss, or what the network answers, became NaN or infinite."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from artifacts.access import writing_to
 from artifacts.durable import write_atomic
 from pipeline.models import save_weights
 
@@ -43,7 +44,8 @@ class ParetoFront:
         current = {self.weights(epoch) for epoch in kept}
         for file in (self.folder / "pareto").glob("epoch-*.safetensors"):
             if file not in current:
-                file.unlink()
+                with writing_to(file):
+                    file.unlink()
 
     def best(self, log: Iterable[Mapping[str, Any]], by: str, within: float) -> int:
         """The epoch that is the best by one of the scores, of those whose first score is at most `within` below the

@@ -18,14 +18,12 @@ import torch
 import yaml
 from lightning_fabric import Fabric
 
+from artifacts.access import reading_from, writing_to
 from artifacts.durable import write_atomic
-from artifacts.errors import ConfigError, E2kdError
+from artifacts.errors import CheckpointError, ConfigError
+from artifacts.names import flat
 from pipeline.config import Experiment, ExplainConfig, StudentConfig, TeachConfig, TeacherConfig
 from pipeline.sharing import locked
-
-
-class CheckpointError(E2kdError):
-    """A checkpoint that cannot be read."""
 
 
 class Run:
@@ -43,7 +41,7 @@ class Run:
     def diverged(self) -> str | None:
         """Why the run ended without a result, for the settings that it was begun with; None where it did not."""
         file = self.path / "diverged"
-        return file.read_text() if file.exists() else None
+        return self._text("diverged") if file.exists() else None
 
     @property
     def _begun(self) -> bool:
@@ -57,13 +55,14 @@ class Run:
         text = yaml.safe_dump(settings, sort_keys=False, width=100)
         known = self.path / "config.yaml"
         if not self._begun or not known.exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not known.exists() or known.read_text() != text:
-                (self.path / "diverged").unlink(missing_ok=True)
+            with writing_to(self.path / "diverged"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                if not known.exists() or self._text("config.yaml") != text:
+                    (self.path / "diverged").unlink(missing_ok=True)
             write_atomic(known, text.encode())
             return
-        old = _flat(defaults or {}) | _flat(self._settings())
-        new = _flat(yaml.safe_load(text))
+        old = flat(defaults or {}) | flat(self._settings())
+        new = flat(yaml.safe_load(text))
         self._refuse({key: (old.get(key), new.get(key)) for key in {**old, **new}})
 
     def differing(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -72,18 +71,23 @@ class Run:
         known = self.path / "config.yaml"
         if not self._begun or not known.exists():
             return {}
-        old, new = _flat(self._settings()), _flat(yaml.safe_load(yaml.safe_dump(settings)))
+        old, new = flat(self._settings()), flat(yaml.safe_load(yaml.safe_dump(settings)))
         return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
 
     def _settings(self) -> Any:
         """What the run was begun with. Raises CheckpointError where the file is damaged."""
         file = self.path / "config.yaml"
         try:
-            return yaml.safe_load(file.read_text())
+            return yaml.safe_load(self._text("config.yaml"))
         except (yaml.YAMLError, UnicodeDecodeError):
             raise CheckpointError(
                 f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
             ) from None
+
+    def _text(self, name: str) -> str:
+        """Raises CheckpointError if the file may not be read."""
+        with reading_from(self.path / name, CheckpointError):
+            return (self.path / name).read_text()
 
     def check(self, settings: dict[str, Any]) -> None:
         """Raises ConfigError where the run was begun with other values of these settings."""
@@ -111,8 +115,9 @@ class Run:
 
     def log(self, lines: Sequence[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write("".join(json.dumps(values) + "\n" for values in lines))
+        file = self.path / "metrics.jsonl"
+        with writing_to(file), file.open("a") as opened:
+            opened.write("".join(json.dumps(values) + "\n" for values in lines))
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, one per epoch."""
@@ -120,7 +125,8 @@ class Run:
         if not file.exists():
             return []
         try:
-            return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+            lines = self._text("metrics.jsonl").splitlines()
+            return [json.loads(line) for line in lines if line.endswith("}")]
         except ValueError:
             raise CheckpointError(
                 f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
@@ -142,7 +148,8 @@ class Run:
         if not file.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            with reading_from(file, CheckpointError):
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             raise CheckpointError(
                 f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
@@ -157,7 +164,7 @@ class Run:
         """Raises CheckpointError where the file is damaged."""
         file = self.path / "result.json"
         try:
-            loaded: dict[str, Any] = json.loads(file.read_text())
+            loaded: dict[str, Any] = json.loads(self._text("result.json"))
             if not loaded:
                 raise ValueError(file)
         except ValueError:
@@ -186,12 +193,3 @@ def teacher_defaults() -> dict[str, Any]:
     """The same for a taught teacher's run."""
     train = TeachConfig().model_dump(mode="json")
     return {"teacher": {**TeacherConfig(model="", weights="").model_dump(mode="json"), "train": train}}
-
-
-def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(section, dict):
-        return {prefix: section}
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.torch
 
 from artifacts import ImageSet
-from artifacts.errors import ModelError
+from artifacts.errors import CheckpointError, ModelError
 from pipeline import explain as explainers
 from pipeline.config import ExplainConfig
 from pipeline.explain import Explainer
@@ -23,7 +23,7 @@ from pipeline.provenance import (
     read_teacher,
 )
 from pipeline.training.keep import kept_weights
-from pipeline.training.run import CheckpointError, Run
+from pipeline.training.run import Run
 from pipeline.workspace import Workspace
 
 

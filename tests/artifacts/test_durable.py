@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.durable import appearing, naming, sha256_file, sweep, write_atomic
+from artifacts.access import reading_from, writing_to
+from artifacts.durable import appearing, sha256_file, sweep, write_atomic
+from artifacts.errors import DataError, PlaceError, WriteError
 
 WRITE = """
 import sys
@@ -94,18 +96,65 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == count
 
 
-def test_errors_name_the_file(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with pytest.raises(OSError, match="No space left") as caught, appearing(path):
+    with pytest.raises(WriteError) as caught, appearing(path):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert caught.value.filename == str(path)
-    with pytest.raises(OSError, match="other") as caught, naming(path):
-        raise OSError(errno.EIO, "I/O error", "other")
-    assert caught.value.filename == "other"
+    assert (caught.value.path, caught.value.errno) == (str(path), errno.ENOSPC)
+    assert str(caught.value) == (
+        f"cannot write {path}: No space left on device; mend that and run the same command again"
+    )
     write_atomic(path, b"")
-    with pytest.raises(OSError, match="file") as caught:
-        write_atomic(path / "below", b"")
-    assert str(path) in str(caught.value)
+    with pytest.raises(WriteError) as caught:
+        write_atomic(path / "below/file", b"")
+    assert (caught.value.path, caught.value.errno) == (str(path), errno.EEXIST)
+
+
+def test_a_folder_in_the_files_place_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(WriteError) as caught:
+        write_atomic(tmp_path / "file", b"")
+    assert (caught.value.path, caught.value.errno) == (str(tmp_path / "file"), errno.EISDIR)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "I/O error", "other"),
+        FileNotFoundError(errno.ENOENT, "No such file", "other"),
+        FileNotFoundError(errno.ENOENT, "the object is not there"),
+        FileNotFoundError("the object is not there"),
+        OSError(errno.EBADF, "Bad file descriptor"),
+        ConnectionResetError("reset"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_something_else_passes_while_a_file_is_written(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(type(error)) as caught, writing_to(tmp_path / "file"):
+        raise error
+    assert caught.value is error
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlaceError) as caught, reading_from(tmp_path):
+        tmp_path.read_bytes()
+    assert caught.value.path == str(tmp_path)
+    assert str(caught.value) == f"cannot read {tmp_path}: Is a directory; make it readable"
+    below = str(tmp_path / "a/b")
+    with pytest.raises(DataError) as other, reading_from(tmp_path, DataError, "copy it again"):
+        raise PermissionError(errno.EACCES, "Permission denied", below)
+    assert (other.value.path, str(other.value)) == (
+        below,
+        f"cannot read {below}: Permission denied; copy it again",
+    )
+
+
+def test_a_missing_file_and_another_one_are_not_the_readers(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), reading_from(tmp_path / "file"):
+        (tmp_path / "file").read_bytes()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(IsADirectoryError), reading_from(tmp_path / "file"):
+        (tmp_path / "other").read_bytes()
 
 
 # ---- several processes
@@ -279,9 +328,9 @@ def test_a_disk_that_fails_to_sync_gives_no_file(tmp_path: Path, monkeypatch: py
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="I/O error") as caught:
+    with pytest.raises(WriteError) as caught:
         write_atomic(tmp_path / "file", b"new")
-    assert caught.value.filename == str(tmp_path / "file")
+    assert (caught.value.path, caught.value.errno) == (str(tmp_path / "file"), errno.EIO)
     assert (tmp_path / "file").read_bytes() == b"old"
 
 

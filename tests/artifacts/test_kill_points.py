@@ -326,10 +326,10 @@ def test_files_of_another_process_may_vanish_while_the_folder_is_read(
     partial.write_bytes(b"{")
     real = os.walk
 
-    def walk(folder: Any) -> Any:
-        found = list(real(folder))
+    def walk(folder: Any, **named: Any) -> Any:
+        listed = list(real(folder, **named))
         partial.unlink(missing_ok=True)
-        return found
+        return listed
 
     monkeypatch.setattr(os, "walk", walk)
     assert StoreWriter(stored, tools.draft()).committed() == {0, 1, 2}

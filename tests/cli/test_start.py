@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from artifacts.durable import write_atomic
-from artifacts.errors import ConfigError
+from artifacts.errors import ConfigError, JobsFailed, MismatchedStore, WriteError
 from cli.main import run_guarded
 
 
@@ -42,8 +42,13 @@ def _raise(error: BaseException) -> None:
     [
         (ConfigError("x.yaml: bad"), 2),
         (KeyboardInterrupt(), 130),
-        (OSError(28, "No space left on device", "out/x"), 2),
+        (WriteError("cannot write out/x: No space left on device", path="out/x", errno=28), 2),
+        (MismatchedStore("out/x was made for something else"), 2),
+        (JobsFailed("failed: kd seed 0", codes={("kd", 0): 2}), 2),
+        (JobsFailed("failed: kd seed 0", codes={("kd", 0): 1}), 1),
+        (JobsFailed("failed: kd seed 0", codes={("kd", 0): 130}), 130),
     ],
+    ids=lambda value: value if isinstance(value, int) else type(value).__name__,
 )
 def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_guarded(lambda: _raise(error)) == code
@@ -60,9 +65,21 @@ def test_a_full_disk_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         run_guarded(lambda: 1 // 0)
+    with pytest.raises(FileExistsError):
+        run_guarded(tmp_path.mkdir)
+    with pytest.raises(IsADirectoryError):
+        run_guarded(tmp_path.read_bytes)
+
+
+def test_a_bug_exits_1_with_its_traceback() -> None:
+    code = "import os, cli.main\ncli.main.app = lambda: os.mkdir('.')\ncli.main.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "e2kd: " not in done.stderr
 
 
 @pytest.mark.parametrize(

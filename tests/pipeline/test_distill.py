@@ -11,12 +11,11 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from artifacts.errors import ConfigError
+from artifacts.errors import ConfigError, Diverged
 from pipeline.augment.warp import resample
 from pipeline.config import Experiment
 from pipeline.distill import losses
 from pipeline.distill.run import distill
-from pipeline.training.loop import Diverged
 from pipeline.training.run import Run
 from pipeline.workspace import Layout, Workspace
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from artifacts import Sample, open_images
-from artifacts.errors import ConfigError, DataError
+from artifacts.errors import ConfigError, DataError, Diverged
 from artifacts.packing import write_images
 from pipeline.config import EvaluateConfig
 from pipeline.data.batches import Answers, Batch, PairedRows
@@ -43,7 +43,6 @@ from pipeline.evaluate.scores import (
 )
 from pipeline.evaluate.shift import shift_curve
 from pipeline.explain import BCos, Explained, Explainer, GradCAM
-from pipeline.training.loop import Diverged
 from pipeline.workspace import Layout
 
 SIZE = 8

@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from artifacts import Sample, open_images
+from artifacts.errors import Diverged
 from artifacts.packing import write_images
 from pipeline.config import Schedule
 from pipeline.data.batches import Batch, PairedRows, TrainBatches
 from pipeline.progress import Quiet
 from pipeline.training.keep import kept_weights
-from pipeline.training.loop import Diverged, StepLoss, Training, fit
+from pipeline.training.loop import StepLoss, Training, fit
 from pipeline.training.run import Run
 
 Array = np.ndarray[Any, np.dtype[np.float64]]

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from lightning_fabric import Fabric
 
-from artifacts.errors import ConfigError, DataError, E2kdError
+from artifacts.errors import CheckpointError, ConfigError, DataError, Diverged, E2kdError
 from pipeline.config import Experiment, dump
 from pipeline.distill.run import distill
 from pipeline.order.prepare import prepare_stores
 from pipeline.order.runs import distill_all, evaluate_all
 from pipeline.progress import Quiet
 from pipeline.report import report
-from pipeline.training.loop import Diverged
-from pipeline.training.run import CheckpointError, Run
+from pipeline.training.run import Run
 from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, Workspace
 
 Tiny = Callable[..., Experiment]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from artifacts import Sample, open_images
-from artifacts.errors import ConfigError
+from artifacts.errors import CheckpointError, ConfigError
 from artifacts.packing import write_images
 from pipeline.config import Schedule
 from pipeline.data.batches import Batch, PairedRows, TrainBatches
@@ -25,7 +25,7 @@ from pipeline.progress import Quiet
 from pipeline.training.keep import best_score, kept_weights
 from pipeline.training.loop import StepLoss, Training, Validate, fit
 from pipeline.training.pareto import ParetoFront, front
-from pipeline.training.run import CheckpointError, Run
+from pipeline.training.run import Run
 from pipeline.training.schedule import learning_rate
 
 SIZE, ROWS = 8, 12

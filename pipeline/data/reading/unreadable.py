@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from artifacts.errors import DataError
+from artifacts.names import in_file_name
 from artifacts.places import Place
 from pipeline.data.reading.keys import name_bytes, printable
 from pipeline.data.reading.listing import Entry, Listing
@@ -40,7 +41,7 @@ class UnreadableImages:
 
     def __call__(self, split: str, listing: Listing) -> list[str]:
         """The ids of the images that cannot be read, each of them reported unless it was for another split."""
-        name, digest = f"unreadable-{split.replace('/', '--')}.json", _digest(listing, self.shorter_side)
+        name, digest = f"unreadable-{in_file_name(split)}.json", _digest(listing, self.shorter_side)
         known = self._known(name, digest)
         found = self._find(split, listing) if known is None else self._still(known, listing)
         if found != known:

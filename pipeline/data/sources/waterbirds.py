@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from artifacts.access import reading_from
 from artifacts.errors import DataError
 from pipeline.config.data import Waterbirds
 from pipeline.data.reading.annotations import size_below
@@ -168,7 +169,9 @@ def _fields(file: Path, count: int) -> Iterator[list[str]]:
 
 def _segmentations(cub: Path) -> Path | None:
     """CUB publishes them as a tar of its own, to be unpacked in its folder or beside it."""
-    return next((at / "segmentations" for at in (cub, cub.parent) if (at / "segmentations").is_dir()), None)
+    folders = [at / "segmentations" for at in (cub, cub.parent)]
+    with reading_from(cub.parent, DataError):
+        return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _mask_file(masks: Path, name: str) -> Path:

@@ -72,9 +72,14 @@ class Sample:
         return f"{self.tar}, {said.name}"
 
     def read(self, piece: Piece) -> bytes:
-        with self.tar.open("rb") as file:
-            file.seek(piece.offset)
-            return file.read(piece.length)
+        try:
+            with self.tar.open("rb") as file:
+                file.seek(piece.offset)
+                return file.read(piece.length)
+        except OSError as error:
+            raise DataError(
+                f"cannot read {self.tar} ({error.strerror}); copy it again", path=self.tar, key=self.key
+            ) from error
 
 
 def split_names(data: WebShards) -> list[str]:

@@ -172,8 +172,8 @@ def test_files_that_vanish_while_they_are_listed(tmp_path: Path, monkeypatch: py
     where.write("a", b"1")
     walk = os.walk
 
-    def late(top: Any) -> Any:
-        for folder, folders, names in walk(top):
+    def late(top: Any, **named: Any) -> Any:
+        for folder, folders, names in walk(top, **named):
             yield folder, folders, [*names, "b.partial"]
 
     monkeypatch.setattr(places.os, "walk", late)
