@@ -168,7 +168,8 @@ class Workspace:
                 return split, False
         raise StoreError(
             f"{where} is none of the experiment's image sets or stores (its store is {self.beside_stores}); give its "
-            "own config with --config"
+            "own config with --config",
+            path=where,
         )
 
 
@@ -180,7 +181,7 @@ def read_measured(beside: Place, name: str) -> dict[str, Any]:
         return dict(json.loads(beside.read(name)))
     except (ValueError, TypeError):
         raise DataError(
-            f"{beside / name} is damaged; delete it and run e2kd precompute CONFIG again"
+            f"{beside / name} is damaged; delete it and run e2kd precompute CONFIG again", path=beside / name
         ) from None
 
 

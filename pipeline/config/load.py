@@ -99,30 +99,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         hint = (
             f"; did you mean {path.parent / nearest[0]}.yaml?" if nearest else "; the configs are in configs/"
         )
-        raise ConfigError(f"no config file {path}{hint}") from None
+        raise ConfigError(f"no config file {path}{hint}", path=path) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+        raise ConfigError(f"cannot read {path}: {error}", path=path) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}", path=path) from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Experiment.model_fields)}")
+        raise ConfigError(
+            f"{path} must be a mapping with the keys {', '.join(Experiment.model_fields)}", path=path
+        )
     return raw
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set train.epochs=5")
+        raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set train.epochs=5", key=key)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}") from None
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}", key=key) from None
     *parents, last = key.split(".")
     section: Any = raw
     for name in parents:
         section = section.setdefault(name, {}) if section.get(name) is not None else _replace(section, name)
         if not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+            raise ConfigError(f"--set {override}: {name} is a value, not a section", key=key)
     section[last] = value
 
 

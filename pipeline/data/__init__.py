@@ -32,7 +32,7 @@ def open_source(
     known = split_names(data)
     if split not in known:
         hint = did_you_mean(split, known, f"it has {', '.join(known)}")
-        raise ConfigError(f"data source {data.source} has no split {split!r}; {hint}")
+        raise ConfigError(f"data source {data.source} has no split {split!r}; {hint}", key="data")
     source = _open(data, split, shorter_side, unreadable)
     return source if data.limit is None else Reduced(source, data.limit)
 

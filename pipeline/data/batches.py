@@ -173,7 +173,10 @@ class PairedRows(Dataset[Batch]):
             return np.zeros((size, size), np.uint8)
         raise DataError(
             f"{self.images.place}: sample {sample.key!r} (row {row}) has no {self.masks}, which guidance needs of "
-            "every image; annotate it, or remove teacher.train.guide"
+            "every image; annotate it, or remove teacher.train.guide",
+            path=self.images.place,
+            key=sample.key,
+            rows=range(row, row + 1),
         )
 
 

@@ -32,13 +32,17 @@ def split_names(data: Files) -> list[str]:
         names = list(lister(data).split_names(data))
     if data.val_per_class is not None and "val" in names:
         raise ConfigError(
-            f"data.val_per_class: {data.source} has its own val ({data.root}); remove val_per_class"
+            f"data.val_per_class: {data.source} has its own val ({data.root}); remove val_per_class",
+            path=data.root,
+            key="data.val_per_class",
         )
     if "val" in names or (data.val_per_class is None and not isinstance(data, Folder)):
         return names
     if "train" not in names:
         raise ConfigError(
-            f"data.val_per_class: {data.root} has no train to hold images out of, only {', '.join(names)}; remove it"
+            f"data.val_per_class: {data.root} has no train to hold images out of, only {', '.join(names)}; remove it",
+            path=data.root,
+            key="data.val_per_class",
         )
     return ["train", "val", *(name for name in names if name != "train")]
 
@@ -55,13 +59,17 @@ def open_split(
     entries = [entry for entry in listing.entries if entry.id not in left_out]
     if not entries:
         raise DataError(
-            f"split {origin} of {data.root} has no {'readable ' if left_out else ''}images; add some"
+            f"split {origin} of {data.root} has no {'readable ' if left_out else ''}images; add some",
+            path=data.root,
         )
     _check_labels(data, listing, entries)
     _check_classes_left(data, origin, listing, entries)
     entries = _cut(in_order(entries, data.split_seed), data, split, listing.classes)
     if not entries:
-        raise DataError(f"no image of {data.root} is left for split {split}; hold fewer out, or add images")
+        raise DataError(
+            f"no image of {data.root} is left for split {split}; hold fewer out, or add images",
+            path=data.root,
+        )
     return ListedSource(data.source, split, listing, entries, len(left_out), shorter_side)
 
 
@@ -71,7 +79,8 @@ def _check_classes_left(data: Files, split: str, listing: Listing, entries: Sequ
     if gone:
         raise DataError(
             f"no image of class {listing.classes[min(gone)]} in {split} of {data.root} can be read; replace them, or "
-            "remove the class"
+            "remove the class",
+            path=data.root,
         )
 
 
@@ -188,7 +197,10 @@ def _one_label_each(entries: Sequence[Entry], key: str) -> list[int]:
     for entry in entries:
         if not isinstance(entry.label, int):
             said = "no label" if entry.label is None else f"the labels {list(entry.label)}"
-            raise ConfigError(f"data.{key} needs one label an image, but {entry.id} has {said}; remove it")
+            raise ConfigError(
+                f"data.{key} needs one label an image, but {entry.id} has {said}; remove it",
+                key=f"data.{key}",
+            )
         labels.append(entry.label)
     return labels
 
@@ -198,7 +210,8 @@ def _check_enough(seen: Counter[int], wanted: int, data: Files, classes: Sequenc
     if label is not None:
         raise DataError(
             f"class {classes[label]} of {data.root} has {seen[label]} images, {wanted} are asked for; lower "
-            "data.val_per_class or data.train_per_class"
+            "data.val_per_class or data.train_per_class",
+            path=data.root,
         )
 
 
@@ -207,7 +220,9 @@ def _check_once(data: Files, split: str, listing: Listing) -> None:
     for entry in listing.entries:
         if entry.id in seen:
             raise DataError(
-                f"split {split} of {data.root} lists {printable(entry.id)} twice; remove one of the two lines"
+                f"split {split} of {data.root} lists {printable(entry.id)} twice; remove one of the two lines",
+                path=data.root,
+                key=entry.id,
             )
         seen.add(entry.id)
 
@@ -218,7 +233,9 @@ def _check_labels(data: Files, listing: Listing, entries: Sequence[Entry]) -> No
         if any(not 0 <= label < len(listing.classes) for label in labels):
             raise DataError(
                 f"{data.root}: {entry.id} has the label {entry.label}, but there are {len(listing.classes)} classes; "
-                "correct it"
+                "correct it",
+                path=data.root,
+                key=entry.id,
             )
 
 

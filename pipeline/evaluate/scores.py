@@ -276,5 +276,5 @@ def read_samples(path: Path) -> Samples:
             return safetensors.torch.load(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise DataError(
-            f"{path} is damaged ({error}); run e2kd evaluate CONFIG, which writes it again"
+            f"{path} is damaged ({error}); run e2kd evaluate CONFIG, which writes it again", path=path
         ) from None

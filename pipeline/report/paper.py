@@ -47,7 +47,7 @@ def table(name: str) -> PaperTable:
     if name in TABLES:
         return TABLES[name]
     hint = did_you_mean(name, TABLES, f"use one of {', '.join(TABLES)}", cutoff=0.4)
-    raise ConfigError(f"paper: there is no {name!r} among the paper's tables; {hint}")
+    raise ConfigError(f"paper: there is no {name!r} among the paper's tables; {hint}", key="paper")
 
 
 def _percent(metrics: Sequence[str], **rows: Sequence[float | None]) -> dict[str, Row]:

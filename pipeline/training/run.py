@@ -81,7 +81,7 @@ class Run:
             return yaml.safe_load(self._text("config.yaml"))
         except (yaml.YAMLError, UnicodeDecodeError):
             raise CheckpointError(
-                f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
+                f"{file} is damaged; delete the run and train it again: rm -r {self.path}", path=file
             ) from None
 
     def _text(self, name: str) -> str:
@@ -101,7 +101,9 @@ class Run:
             )
             raise ConfigError(
                 f"{self.path} was made with other settings:\n{lines}\n"
-                f"keep it and use another folder (--out DIR), or delete it: rm -r {self.path}"
+                f"keep it and use another folder (--out DIR), or delete it: rm -r {self.path}",
+                path=self.path,
+                fields=differing,
             )
 
     @contextmanager
@@ -129,7 +131,7 @@ class Run:
             return [json.loads(line) for line in lines if line.endswith("}")]
         except ValueError:
             raise CheckpointError(
-                f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
+                f"{file} is damaged; delete the run and train it again: rm -r {self.path}", path=file
             ) from None
 
     def forget_after(self, epochs: int) -> None:
@@ -152,7 +154,7 @@ class Run:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             raise CheckpointError(
-                f"{file} is damaged; delete the run and train it again: rm -r {self.path}"
+                f"{file} is damaged; delete the run and train it again: rm -r {self.path}", path=file
             ) from None
         return state
 
@@ -169,7 +171,8 @@ class Run:
                 raise ValueError(file)
         except ValueError:
             raise CheckpointError(
-                f"{file} is damaged; delete it, then `e2kd distill CONFIG` scores the run again: rm {file}"
+                f"{file} is damaged; delete it, then `e2kd distill CONFIG` scores the run again: rm {file}",
+                path=file,
             ) from None
         return loaded
 

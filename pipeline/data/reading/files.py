@@ -16,7 +16,9 @@ def text_of(file: Path, mend: str) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file} ({getattr(error, 'strerror', None) or error}); {mend}") from None
+        raise DataError(
+            f"cannot read {file} ({getattr(error, 'strerror', None) or error}); {mend}", path=file
+        ) from None
 
 
 def each_once(names: Iterable[str], file: Path) -> list[str]:
@@ -24,7 +26,7 @@ def each_once(names: Iterable[str], file: Path) -> list[str]:
     found = list(names)
     twice = next((name for name, times in Counter(found).items() if times > 1), None)
     if twice is not None:
-        raise DataError(f"{file} names {twice} twice; remove one line")
+        raise DataError(f"{file} names {twice} twice; remove one line", path=file, key=twice)
     return found
 
 
@@ -33,7 +35,9 @@ def size_of(file: Path, named_by: Path) -> int:
     try:
         return os.stat(file).st_size
     except OSError:
-        raise DataError(f"{named_by} names {file}, which does not exist; unpack the data set again") from None
+        raise DataError(
+            f"{named_by} names {file}, which does not exist; unpack the data set again", path=file
+        ) from None
 
 
 def folders_in(folder: Path, mend: str) -> list[str]:
@@ -41,9 +45,9 @@ def folders_in(folder: Path, mend: str) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        raise DataError(f"cannot list {folder} ({error.strerror}); {mend}") from None
+        raise DataError(f"cannot list {folder} ({error.strerror}); {mend}", path=folder) from None
     if not names:
-        raise DataError(f"{folder} has no class folders; {mend}")
+        raise DataError(f"{folder} has no class folders; {mend}", path=folder)
     return names
 
 
@@ -63,4 +67,6 @@ def image_size(image: os.DirEntry[str] | Path, on_bad_image: str) -> int:
         if on_bad_image == "skip":
             return 0
         name = os.fspath(image)
-        raise DataError(f"cannot read the image {name} ({error.strerror}); remove or replace it") from None
+        raise DataError(
+            f"cannot read the image {name} ({error.strerror}); remove or replace it", path=name
+        ) from None

@@ -28,7 +28,9 @@ def pyarrow_parquet() -> Any:
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise ConfigError("data.root holds parquet files; run: pip install 'e2kd[parquet]'") from None
+        raise ConfigError(
+            "data.root holds parquet files; run: pip install 'e2kd[parquet]'", key="data.root"
+        ) from None
 
 
 def files_by_split(root: Path) -> dict[str, list[Path]]:
@@ -85,14 +87,19 @@ class ParquetFile:
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(data, bytes):
             raise DataError(
-                f"{self.path}, row {row}: {self._image} holds no bytes of an image; export the data set with its images"
+                f"{self.path}, row {row}: {self._image} holds no bytes of an image; export the data set with its "
+                "images",
+                path=self.path,
+                rows=range(row, row + 1),
             )
         return data
 
     def _column(self, name: str, key: str) -> None:
         if name not in self._schema.names:
             raise DataError(
-                f"{self.path} has no column {name!r}; set {key} to one of {', '.join(self._schema.names)}"
+                f"{self.path} has no column {name!r}; set {key} to one of {', '.join(self._schema.names)}",
+                path=self.path,
+                key=key,
             )
 
 
@@ -128,7 +135,7 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except (arrow.ArrowException, OSError) as error:
         raise DataError(
-            f"cannot read {path} ({error}): cut off or no parquet file; download it again"
+            f"cannot read {path} ({error}): cut off or no parquet file; download it again", path=path
         ) from None
 
 

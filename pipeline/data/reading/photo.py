@@ -46,10 +46,14 @@ def read_mask(file: Path | io.BytesIO, name: str, size: tuple[int, int]) -> Imag
         with Image.open(file, formats=("PNG",)) as image:
             mask = image.convert("L")
     except UNREADABLE as error:
-        raise DataError(f"cannot read the mask {name} ({error}); remove or replace it") from error
+        raise DataError(
+            f"cannot read the mask {name} ({error}); remove or replace it", path=_path(file, name)
+        ) from error
     if mask.size != size:
         found, wanted = (f"{width} x {height}" for width, height in (mask.size, size))
-        raise DataError(f"the mask {name} has {found} px, its image {wanted}; replace the mask")
+        raise DataError(
+            f"the mask {name} has {found} px, its image {wanted}; replace the mask", path=_path(file, name)
+        )
     return mask
 
 
@@ -59,9 +63,18 @@ def _read(file: Path | io.BytesIO, name: str, shorter_side: int | None) -> Image
             warnings.simplefilter("ignore")  # Pillow's, on damaged EXIF beside sound pixels
             return _decode(file, shorter_side)
     except UnidentifiedImageError:
-        raise DataError(f"{name} is not a JPEG, PNG or WebP image; remove or replace it") from None
+        raise DataError(
+            f"{name} is not a JPEG, PNG or WebP image; remove or replace it", path=_path(file, name)
+        ) from None
     except UNREADABLE as error:
-        raise DataError(f"cannot read the image {name} ({error}); remove or replace it") from error
+        raise DataError(
+            f"cannot read the image {name} ({error}); remove or replace it", path=_path(file, name)
+        ) from error
+
+
+def _path(file: Path | io.BytesIO, name: str) -> Path | str:
+    """A file, or the name of what lies in one."""
+    return file if isinstance(file, Path) else name
 
 
 def _decode(file: Path | io.BytesIO, shorter_side: int | None) -> Image.Image:

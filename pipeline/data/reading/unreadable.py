@@ -81,7 +81,8 @@ class UnreadableImages:
             folders = " ".join(str(self.where / name) for name in self.begun)
             raise DataError(
                 f"{printable(repaired)} can be read now, but {' and '.join(self.begun)} left it out; pack again what "
-                f"is cut from the same images: rm -r {folders}"
+                f"is cut from the same images: rm -r {folders}",
+                key=repaired,
             )
         return known if repaired is None else found
 

@@ -87,9 +87,10 @@ def _folder(data: Cifar) -> Path:
     places = (data.root / layout.pickled, data.root / "batches.meta", data.root / "meta")
     if any(place.exists() for place in places):
         raise DataError(
-            f"{data.root} has the Python version, which is pickled, and e2kd unpickles nothing: {_mend(layout)}"
+            f"{data.root} has the Python version, which is pickled, and e2kd unpickles nothing: {_mend(layout)}",
+            path=data.root,
         )
-    raise DataError(f"{data.root} has no {layout.folder}/{layout.names}; {_mend(layout)}")
+    raise DataError(f"{data.root} has no {layout.folder}/{layout.names}; {_mend(layout)}", path=data.root)
 
 
 def _mend(layout: Layout) -> str:
@@ -105,10 +106,10 @@ def _records(file: Path, layout: Layout, classes: list[str]) -> np.ndarray:
     """u8 [images, record], mapped from the file. Raises DataError for a wrong size and a label without a class."""
     size, length = layout.before + PIXELS, file.stat().st_size if file.exists() else 0
     if not length:
-        raise DataError(f"{file} is missing or empty; {_mend(layout)}")
+        raise DataError(f"{file} is missing or empty; {_mend(layout)}", path=file)
     if length % size:
         raise DataError(
-            f"{file} has {length} bytes, not a multiple of {size}: it is damaged; {_mend(layout)}"
+            f"{file} has {length} bytes, not a multiple of {size}: it is damaged; {_mend(layout)}", path=file
         )
     table: np.ndarray = np.memmap(file, np.uint8, "r").reshape(-1, size)
     wrong = np.flatnonzero(table[:, layout.before - 1] >= len(classes))
@@ -116,6 +117,8 @@ def _records(file: Path, layout: Layout, classes: list[str]) -> np.ndarray:
         row = int(wrong[0])
         raise DataError(
             f"{file}: image {row} has the label {table[row, layout.before - 1]}, but there are {len(classes)} classes: "
-            f"it is damaged; {_mend(layout)}"
+            f"it is damaged; {_mend(layout)}",
+            path=file,
+            rows=range(row, row + 1),
         )
     return table

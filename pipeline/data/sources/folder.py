@@ -40,7 +40,7 @@ def open_listing(data: Folder, split: str) -> Listing:
     classes = _classes(data, base) if data.labels else []
     entries = list(_entries(base, classes, data.on_bad_image))
     if not entries:
-        raise DataError(f"{base} has no {WANTED} images; give a folder of images with data.root")
+        raise DataError(f"{base} has no {WANTED} images; give a folder of images with data.root", path=base)
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
         return read_photo(base / entry.id, shorter_side)
@@ -53,8 +53,12 @@ def _root(data: Folder) -> Path:
     if root.is_dir():
         return root
     if root.exists():
-        raise DataError(f"data.root {root} is a file, not a folder; give the folder that holds the images")
-    raise DataError(f"data.root {root} does not exist; give a folder of images with --set data.root=FOLDER")
+        raise DataError(
+            f"data.root {root} is a file, not a folder; give the folder that holds the images", path=root
+        )
+    raise DataError(
+        f"data.root {root} does not exist; give a folder of images with --set data.root=FOLDER", path=root
+    )
 
 
 def _base(data: Folder, split: str) -> Path:
@@ -73,7 +77,8 @@ def _classes(data: Folder, base: Path) -> list[str]:
     for name in names:
         if next(_walk(first / name), None) is None:
             raise DataError(
-                f"the class folder {first / name} has no {WANTED} images; add some, or remove the folder"
+                f"the class folder {first / name} has no {WANTED} images; add some, or remove the folder",
+                path=first / name,
             )
     return names
 
@@ -87,7 +92,8 @@ def _entries(base: Path, classes: list[str], on_bad_image: str) -> Iterator[Entr
         if classes and label is None:
             raise DataError(
                 f"{path} is in none of the class folders ({', '.join(classes)}); move it into one, or set data.labels "
-                "to false"
+                "to false",
+                path=path,
             )
         yield Entry(relative, image_size(path, on_bad_image), label)
 
@@ -109,13 +115,15 @@ def _check_no_loop(link: Path, base: Path) -> None:
     target, above = link.resolve(), link.relative_to(base).parents
     if any((base / folder).resolve().is_relative_to(target) for folder in above):
         raise DataError(
-            f"{link} links to a folder that it lies in, so that its images would count twice; remove it"
+            f"{link} links to a folder that it lies in, so that its images would count twice; remove it",
+            path=link,
         )
 
 
 def _unreadable(error: OSError) -> None:
     raise DataError(
-        f"cannot list the folder {error.filename} ({error.strerror}); make it readable, or remove it"
+        f"cannot list the folder {error.filename} ({error.strerror}); make it readable, or remove it",
+        path=error.filename,
     )
 
 
@@ -129,6 +137,8 @@ def pick(entries: list[Entry], data: Folder, split: str) -> list[Entry]:
         mend = "raise" if split == "val" else "lower"
         raise DataError(
             f"no image of {base} is left for {split} with data.val_fraction {data.val_fraction:g}; {mend} it, or add "
-            "images"
+            "images",
+            path=base,
+            key="data.val_fraction",
         )
     return chosen

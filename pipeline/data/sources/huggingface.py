@@ -22,7 +22,7 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config.data import HuggingFace
-from pipeline.data.reading.annotations import boxes_of, check_range, label_of, numbered, size_below
+from pipeline.data.reading.annotations import At, boxes_of, check_range, label_of, numbered, size_below
 from pipeline.data.reading.files import text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.parquet import GroupCache, ParquetFile, files_by_split
@@ -44,8 +44,10 @@ class Row(NamedTuple):
     boxes: np.ndarray | None
 
     @property
-    def where(self) -> str:
-        return f"{self.file}, {'line' if self.file.name == METADATA else 'row'} {self.number}"
+    def at(self) -> At:
+        if self.file.name == METADATA:
+            return At(self.file, line=self.number)
+        return At(self.file, key=f"row {self.number}")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def open_listing(data: HuggingFace, split: str) -> Listing:
     classes = tables.names or _classes(row for rows in tables.rows.values() for row in rows)
     rows = {row.id: row for row in tables.rows[split]}
     if len(rows) < len(tables.rows[split]):
-        raise DataError(f"{tables.rows[split][0].file} names an image twice; remove one of its lines")
+        raise DataError(
+            f"{tables.rows[split][0].file} names an image twice; remove one of its lines",
+            path=tables.rows[split][0].file,
+        )
     index = {name: number for number, name in enumerate(classes)}
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
@@ -80,7 +85,7 @@ def open_listing(data: HuggingFace, split: str) -> Listing:
 
 def _entry(row: Row, classes: list[str], index: Mapping[str, int]) -> Entry:
     label = _label(row, index)
-    check_range(label, row.boxes, classes, row.where)
+    check_range(label, row.boxes, classes, row.at)
     return Entry(row.id, row.size, label, boxes=row.boxes)
 
 
@@ -89,7 +94,7 @@ def _label(row: Row, index: Mapping[str, int]) -> Label:
     if row.value == -1:
         return None
     several = [index.get(one, one) if isinstance(one, str) else one for one in _several(row.value)]
-    return label_of(several if isinstance(row.value, list) else several[0], row.where)
+    return label_of(several if isinstance(row.value, list) else several[0], row.at)
 
 
 def _several(value: Any) -> list[Any]:
@@ -104,8 +109,8 @@ def _classes(rows: Iterable[Row]) -> list[str]:
             names |= {one} if isinstance(one, str) else set()
             numbers |= {one} if isinstance(one, int) else set()
         if names and numbers:
-            raise DataError(
-                f"{row.where}: labels are names here and numbers before, or the other way; write one of them"
+            raise row.at.wrong(
+                ": labels are names here and numbers before, or the other way; write one of them"
             )
     return sorted(names) or numbered(numbers)
 
@@ -113,7 +118,7 @@ def _classes(rows: Iterable[Row]) -> list[str]:
 def _renamed(splits: Mapping[str, Any]) -> dict[str, Any]:
     """The hub's `validation` is our `val`."""
     if {"val", "validation"} <= set(splits):
-        raise DataError("the data set has both a split val and a split validation; rename one")
+        raise DataError("the data set has both a split val and a split validation; rename one", key="data")
     return {SPLITS.get(name, name): found for name, found in splits.items()}
 
 
@@ -133,11 +138,12 @@ def _from_parquet(data: HuggingFace, splits: Mapping[str, list[Path]]) -> Tables
     )
     if len(named) > 1:
         raise DataError(
-            f"{' and '.join(map(str, named.values()))} name different classes; download them again"
+            f"{' and '.join(map(str, named.values()))} name different classes; download them again",
+            path=data.root,
         )
 
     def read(row: Row, shorter_side: int | None) -> Image.Image:
-        return decode_photo(files[row.file].encoded(row.number), row.where, shorter_side)
+        return decode_photo(files[row.file].encoded(row.number), str(row.at), shorter_side)
 
     rows = {
         split: [row for file in found for row in _parquet_rows(data, file)] for split, found in opened.items()
@@ -184,7 +190,8 @@ def _metadata(data: HuggingFace) -> dict[str, list[Line]]:
             splits.setdefault(split, []).append((file, number, about))
     if not splits:
         raise DataError(
-            f"{data.root} has no {METADATA} with images, and no parquet files; set data.root to the data set"
+            f"{data.root} has no {METADATA} with images, and no parquet files; set data.root to the data set",
+            path=data.root,
         )
     return _renamed(splits)
 
@@ -194,27 +201,32 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             about = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}, line {number} is no JSON ({error}); correct it") from None
+            raise DataError(
+                f"{file}, line {number} is no JSON ({error}); correct it", path=file, line=number
+            ) from None
         if about is None:
             continue
         if not isinstance(about, dict) or not isinstance(about.get("file_name"), str):
-            raise DataError(f"{file}, line {number} has no file_name; correct it")
+            raise DataError(f"{file}, line {number} has no file_name; correct it", path=file, line=number)
         yield number, about
 
 
 def _folder_row(data: HuggingFace, file: Path, number: int, about: dict[str, Any]) -> Row:
-    where = f"{file}, line {number}"
-    size = size_below(file.parent, about["file_name"], where)
+    at = At(file, line=number)
+    size = size_below(file.parent, about["file_name"], at)
     if data.label is not None and data.label not in about:
         raise DataError(
-            f"{where} has no {data.label!r}; set data.label to one of {', '.join(about)}, or to null"
+            f"{at} has no {data.label!r}; set data.label to one of {', '.join(about)}, or to null",
+            path=file,
+            line=number,
+            key="data.label",
         )
     path = (file.parent / about["file_name"]).relative_to(data.root).as_posix()
     value = None if data.label is None else about[data.label]
-    return Row(file, number, path, size, value, _boxes(about.get("objects"), where))
+    return Row(file, number, path, size, value, _boxes(about.get("objects"), at))
 
 
-def _boxes(objects: Any, where: str) -> np.ndarray | None:
+def _boxes(objects: Any, at: At) -> np.ndarray | None:
     """f32 [N,5] of (class, x0, y0, x1, y1) from {"bbox": [[x, y, width, height]], "categories": [class]}."""
     if objects is None:
         return None
@@ -222,7 +234,5 @@ def _boxes(objects: Any, where: str) -> np.ndarray | None:
         pairs = zip(objects["categories"], objects["bbox"], strict=True)
         rows = [[number, x, y, x + width, y + height] for number, (x, y, width, height) in pairs]
     except (KeyError, TypeError, ValueError):
-        raise DataError(
-            f"{where}: objects are no bbox [x, y, width, height] and categories; correct them"
-        ) from None
-    return boxes_of(rows, where)
+        raise at.wrong(": objects are no bbox [x, y, width, height] and categories; correct them") from None
+    return boxes_of(rows, at)

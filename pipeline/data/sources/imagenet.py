@@ -28,7 +28,7 @@ MEND = "set data.root to the folder that has ImageNet's train/ and val/"
 
 def split_names(data: ImageNet) -> list[str]:
     if not data.root.is_dir():
-        raise DataError(f"data.root {data.root} is not a folder; {MEND}")
+        raise DataError(f"data.root {data.root} is not a folder; {MEND}", path=data.root)
     return ["train", "test"]
 
 
@@ -55,11 +55,15 @@ def _in_folders(data: ImageNet, split: str, labels: Mapping[str, int]) -> Iterat
     for wnid in folders_in(base / split, MEND):
         if wnid not in labels:
             raise DataError(
-                f"{base / split / wnid} is a class that {base / 'train'} does not have; remove one or add it"
+                f"{base / split / wnid} is a class that {base / 'train'} does not have; remove one or add it",
+                path=base / split / wnid,
             )
         images = list(images_in(base / split / wnid, data.on_bad_image))
         if not images:
-            raise DataError(f"{base / split / wnid} has no images; unpack it again, or remove it")
+            raise DataError(
+                f"{base / split / wnid} has no images; unpack it again, or remove it",
+                path=base / split / wnid,
+            )
         for name, size in images:
             yield Entry(f"{split}/{wnid}/{name}", size, labels[wnid])
 
@@ -74,16 +78,22 @@ def _val(data: ImageNet, labels: Mapping[str, int]) -> Iterator[Entry]:
     if sorted_into is not None:
         raise DataError(
             f"{base / 'val' / min(flat)[0]} lies beside class folders such as {sorted_into}; remove it, or move it "
-            "into its class"
+            "into its class",
+            path=base / "val" / min(flat)[0],
         )
     source, known = _wnids_of_val(data.root, base)
     for name, size in flat:
         wnid = known.get(os.path.splitext(name)[0])
         if wnid is None:
-            raise DataError(f"{base / 'val' / name} has no label in {source}; remove it, or {MEND}")
+            raise DataError(
+                f"{base / 'val' / name} has no label in {source}; remove it, or {MEND}",
+                path=base / "val" / name,
+            )
         if wnid not in labels:
             raise DataError(
-                f"{base / 'val' / name} has the label {wnid} in {source}, which is no class of {base / 'train'}; {MEND}"
+                f"{base / 'val' / name} has the label {wnid} in {source}, which is no class of {base / 'train'}; "
+                f"{MEND}",
+                path=base / "val" / name,
             )
         yield Entry(f"val/{name}", size, labels[wnid])
 
@@ -99,7 +109,8 @@ def _wnids_of_val(root: Path, base: Path) -> tuple[Path, dict[str, str]]:
         return truth, _wnids_by_name(truth, devkit / "meta.mat")
     raise DataError(
         f"{base / 'val'} has images without class folders and there are no labels for them: "
-        f"add LOC_val_solution.csv or ILSVRC2012_devkit_t12/ to {root}"
+        f"add LOC_val_solution.csv or ILSVRC2012_devkit_t12/ to {root}",
+        path=base / "val",
     )
 
 
@@ -109,7 +120,9 @@ def _wnids_by_name(truth: Path, meta: Path) -> dict[str, str]:
     for line, number in enumerate(text_of(truth, MEND).split(), 1):
         if number not in wnids:
             raise DataError(
-                f"{truth}, line {line}: the label {number} is no class of {meta}; unpack the devkit again"
+                f"{truth}, line {line}: the label {number} is no class of {meta}; unpack the devkit again",
+                path=truth,
+                line=line,
             )
         found[f"ILSVRC2012_val_{line:08d}"] = wnids[number]
     return found
@@ -121,9 +134,9 @@ def _wnids_by_number(file: Path) -> dict[str, str]:
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
     except ImportError:
-        raise ConfigError(f"reading {file} needs scipy: pip install 'e2kd[imagenet]'") from None
+        raise ConfigError(f"reading {file} needs scipy: pip install 'e2kd[imagenet]'", path=file) from None
     try:
         synsets = loadmat(file, squeeze_me=True)["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
     except (OSError, ValueError, KeyError, TypeError, IndexError, NotImplementedError, MatReadError) as error:
-        raise DataError(f"cannot read {file} ({error}); unpack the devkit again") from None
+        raise DataError(f"cannot read {file} ({error}); unpack the devkit again", path=file) from None

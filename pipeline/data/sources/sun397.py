@@ -34,7 +34,11 @@ def open_listing(data: Sun397, split: str) -> Listing:
         path = line.lstrip("/")
         name = f"/{path.rpartition('/')[0]}"
         if name not in labels:
-            raise DataError(f"{file}: {line} is of the class {name}, which is not in ClassName.txt; {MEND}")
+            raise DataError(
+                f"{file}: {line} is of the class {name}, which is not in ClassName.txt; {MEND}",
+                path=file,
+                key=line,
+            )
         entries.append(Entry(path, size_of(data.root / path, file), labels[name]))
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
@@ -47,7 +51,7 @@ def _classes(root: Path) -> list[str]:
     """`/a/abbey` ... in the published order."""
     names = _lines(root / "ClassName.txt")
     if not names:
-        raise DataError(f"{root / 'ClassName.txt'} is empty; {MEND}")
+        raise DataError(f"{root / 'ClassName.txt'} is empty; {MEND}", path=root / "ClassName.txt")
     return names
 
 

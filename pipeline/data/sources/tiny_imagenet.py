@@ -50,7 +50,9 @@ def _check_inside(entry: Entry, size: tuple[int, int], root: Path) -> None:
         x0, y0, x1, y1 = corners.tolist()
         raise DataError(
             f"{root / entry.id} has {size[0]} x {size[1]} px, but its box {x0:g} {y0:g} {x1:g} {y1:g} leaves them; "
-            "correct the box, or unpack Tiny-ImageNet again"
+            "correct the box, or unpack Tiny-ImageNet again",
+            path=root / entry.id,
+            key=entry.id,
         )
 
 
@@ -58,7 +60,9 @@ def _wnids(data: TinyImageNet) -> list[str]:
     found = each_once(text_of(data.root / "wnids.txt", MEND).split(), data.root / "wnids.txt")
     if data.classes is not None and data.classes > len(found):
         raise DataError(
-            f"{data.root / 'wnids.txt'} has {len(found)} classes, data.classes asks for {data.classes}"
+            f"{data.root / 'wnids.txt'} has {len(found)} classes, data.classes asks for {data.classes}",
+            path=data.root / "wnids.txt",
+            key="data.classes",
         )
     return found[: data.classes]
 
@@ -86,7 +90,11 @@ def _val(root: Path, wnids: list[str]) -> Iterator[Entry]:
     every = set(text_of(root / "wnids.txt", MEND).split())
     for name, wnid, *corners in _rows(annotations, 6):
         if wnid not in every:
-            raise DataError(f"{annotations}: {name} has the class {wnid}, which is not in wnids.txt")
+            raise DataError(
+                f"{annotations}: {name} has the class {wnid}, which is not in wnids.txt",
+                path=annotations,
+                key=name,
+            )
         if wnid in labels:
             yield _entry(root, f"val/images/{name}", labels[wnid], corners, annotations)
 
@@ -96,10 +104,16 @@ def _entry(root: Path, path: str, label: int, corners: list[str], source: Path) 
         x0, y0, x1, y1 = (float(corner) for corner in corners)
     except ValueError:
         raise DataError(
-            f"{source}: the box of {Path(path).name} is not four numbers: {' '.join(corners)}; correct it"
+            f"{source}: the box of {Path(path).name} is not four numbers: {' '.join(corners)}; correct it",
+            path=source,
+            key=path,
         ) from None
     if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-        raise DataError(f"{source}: the box of {Path(path).name} is empty: {' '.join(corners)}; correct it")
+        raise DataError(
+            f"{source}: the box of {Path(path).name} is empty: {' '.join(corners)}; correct it",
+            path=source,
+            key=path,
+        )
     box = np.array([[label, x0, y0, x1 + 1, y1 + 1]], np.float32)
     return Entry(path, size_of(root / path, source), label, boxes=box)
 
@@ -117,5 +131,9 @@ def _lines(file: Path, fields: int) -> Iterator[list[str]]:
             continue
         row = line.split("\t")
         if len(row) != fields:
-            raise DataError(f"{file}, line {number}: {len(row)} fields instead of {fields}; correct it")
+            raise DataError(
+                f"{file}, line {number}: {len(row)} fields instead of {fields}; correct it",
+                path=file,
+                line=number,
+            )
         yield row

@@ -56,7 +56,7 @@ def split_names(data: Voc) -> list[str]:
     names = [name for name in SPLITS if (lists / f"{name}.txt").is_file()]
     if not names:
         raise DataError(
-            f"{lists} has none of {', '.join(f'{name}.txt' for name in SPLITS)}; unpack VOC again"
+            f"{lists} has none of {', '.join(f'{name}.txt' for name in SPLITS)}; unpack VOC again", path=lists
         )
     return names
 
@@ -70,7 +70,10 @@ def open_listing(data: Voc, split: str) -> Listing:
         image = read_photo(base / entry.id)  # whole, whatever the view: the boxes are in its px
         if image.size != sizes[entry.id]:
             written, seen = (f"{width:g} x {height:g}" for width, height in (sizes[entry.id], image.size))
-            raise DataError(f"{base / entry.id} has {seen} px, its annotation says {written}; {MEND}")
+            raise DataError(
+                f"{base / entry.id} has {seen} px, its annotation says {written}; {MEND}",
+                path=base / entry.id,
+            )
         return image
 
     return Listing(CLASSES, [entry for entry, _ in found.values()], read)
@@ -82,10 +85,14 @@ def _base(data: Voc) -> Path:
     places = (data.root / "VOCdevkit" / year, data.root / year, data.root)
     found = next((place for place in places if (place / "ImageSets" / "Main").is_dir()), None)
     if found is None:
-        raise DataError(f"{data.root} has no {year}/ImageSets/Main; set data.root to VOCdevkit")
+        raise DataError(
+            f"{data.root} has no {year}/ImageSets/Main; set data.root to VOCdevkit", path=data.root
+        )
     if found.name.startswith("VOC2") and found.name != year:
         raise DataError(
-            f"data.root {found} is not {year}; set data.year to its year, or data.root to VOCdevkit"
+            f"data.root {found} is not {year}; set data.year to its year, or data.root to VOCdevkit",
+            path=found,
+            key="data.year",
         )
     return found
 
@@ -101,7 +108,9 @@ def _annotated(base: Path, name: str, keep_difficult: bool) -> tuple[Entry, tupl
     try:
         size = os.stat(base / path).st_size
     except OSError as error:
-        raise DataError(f"cannot read the image {base / path} ({error.strerror}); unpack VOC again") from None
+        raise DataError(
+            f"cannot read the image {base / path} ({error.strerror}); unpack VOC again", path=base / path
+        ) from None
     annotation = _parse(file)
     width, height = (_number(annotation, f"size/{side}", file) for side in ("width", "height"))
     boxes = _boxes(annotation, width, height, file, keep_difficult)
@@ -115,7 +124,7 @@ def _boxes(
     """(class, x0, y0, x1, y1) of each object, in px from 0, right and lower edge exclusive."""
     objects = annotation.findall("object")
     if not objects:
-        raise DataError(f"{file} has no object; unpack VOC again")
+        raise DataError(f"{file} has no object; unpack VOC again", path=file)
     return [
         (_class(found, file), *_corners(found, width, height, file))
         for found in objects
@@ -126,7 +135,9 @@ def _boxes(
 def _class(found: ElementTree.Element, file: Path) -> int:
     name = found.findtext("name", "").strip()
     if name not in CLASSES:
-        raise DataError(f"{file} has an object of the class {name!r}, which is none of VOC's 20; correct it")
+        raise DataError(
+            f"{file} has an object of the class {name!r}, which is none of VOC's 20; correct it", path=file
+        )
     return CLASSES.index(name)
 
 
@@ -137,7 +148,8 @@ def _corners(found: ElementTree.Element, width: float, height: float, file: Path
     if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height and x1 > 0 and y1 > 0):
         raise DataError(
             f"{file}: the box {x0:g} {y0:g} {x1:g} {y1:g} is empty or outside the image of {width:g} x {height:g} px; "
-            "correct it"
+            "correct it",
+            path=file,
         )
     return max(x0 - 1, 0), max(y0 - 1, 0), x1, y1
 
@@ -149,7 +161,7 @@ def _number(found: ElementTree.Element, path: str, file: Path) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{file}: {path} is {text!r}, not a number; unpack VOC again")
+        raise DataError(f"{file}: {path} is {text!r}, not a number; unpack VOC again", path=file)
     return number
 
 
@@ -161,9 +173,10 @@ def _parse(file: Path) -> ElementTree.Element:
     text = text_of(file, MEND)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(
-            f"{file} declares a document type or entities, VOC's annotations do not; unpack VOC again"
+            f"{file} declares a document type or entities, VOC's annotations do not; unpack VOC again",
+            path=file,
         )
     try:
         return ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{file} is no XML ({error}); unpack VOC again") from None
+        raise DataError(f"{file} is no XML ({error}); unpack VOC again", path=file) from None

@@ -21,7 +21,7 @@ from PIL import Image
 from artifacts.access import reading_from
 from artifacts.errors import DataError
 from pipeline.config.data import Waterbirds
-from pipeline.data.reading.annotations import size_below
+from pipeline.data.reading.annotations import At, size_below
 from pipeline.data.reading.files import text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_mask, read_photo
@@ -35,9 +35,9 @@ COLUMNS = ("img_filename", "y", "split", "place")
 
 
 class Row(NamedTuple):
-    """A line of metadata.csv; `where` names it."""
+    """A line of metadata.csv."""
 
-    where: str
+    at: At
     name: str
     y: int
     split: int
@@ -76,7 +76,8 @@ def _check_inside(box: np.ndarray, size: tuple[int, int], file: Path) -> None:
         x0, y0, x1, y1 = box.tolist()
         raise DataError(
             f"{file} has {width} x {height} px, but CUB's box of it ends at {x1:g}, {y1:g} (begins at {x0:g}, {y0:g}): "
-            "the images must have CUB's own size, as group_DRO makes them; make them again, or remove data.cub"
+            "the images must have CUB's own size, as group_DRO makes them; make them again, or remove data.cub",
+            path=file,
         )
 
 
@@ -88,12 +89,12 @@ def _of_split(root: Path, split: str) -> Iterator[Row]:
 
 
 def _entry(root: Path, row: Row, boxes: dict[str, np.ndarray] | None, masks: Path | None) -> Entry:
-    size = size_below(root, row.name, row.where)
+    size = size_below(root, row.name, row.at)
     if masks is not None:
-        size += size_below(masks, _mask_file(Path(), row.name).as_posix(), row.where)
+        size += size_below(masks, _mask_file(Path(), row.name).as_posix(), row.at)
     if boxes is not None and row.name not in boxes:
-        raise DataError(
-            f"{row.where}: CUB's images.txt or bounding_boxes.txt does not list {row.name}; set data.cub to the whole "
+        raise row.at.wrong(
+            f": CUB's images.txt or bounding_boxes.txt does not list {row.name}; set data.cub to the whole "
             "CUB_200_2011"
         )
     box = None if boxes is None else np.array([[row.y, *boxes[row.name]]], np.float32)
@@ -108,16 +109,18 @@ def _rows(root: Path) -> Iterator[Row]:
     )
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
-        raise DataError(f"{file} has no column {missing[0]}; set data.root to group_DRO's Waterbirds")
-    for line in _lines(reader, file):
-        where = f"{file}, line {reader.line_num}"
-        numbers = (
-            _number(line, name, below, where) for name, below in (("y", 2), ("split", 3), ("place", 2))
+        raise DataError(
+            f"{file} has no column {missing[0]}; set data.root to group_DRO's Waterbirds",
+            path=file,
+            key=missing[0],
         )
+    for line in _lines(reader, file):
+        at = At(file, line=reader.line_num)
+        numbers = (_number(line, name, below, at) for name, below in (("y", 2), ("split", 3), ("place", 2)))
         if line["img_filename"] in seen:
-            raise DataError(f"{where}: {line['img_filename']} is named twice; remove one line")
+            raise at.wrong(f": {line['img_filename']} is named twice; remove one line")
         seen.add(line["img_filename"])
-        yield Row(where, line["img_filename"], *numbers)
+        yield Row(at, line["img_filename"], *numbers)
 
 
 def _lines(reader: csv.DictReader[str], file: Path) -> Iterator[dict[str, str]]:
@@ -125,14 +128,16 @@ def _lines(reader: csv.DictReader[str], file: Path) -> Iterator[dict[str, str]]:
         yield from reader
     except csv.Error as error:
         raise DataError(
-            f"{file}, line {reader.line_num} is no CSV ({error}); unpack the data set again"
+            f"{file}, line {reader.line_num} is no CSV ({error}); unpack the data set again",
+            path=file,
+            line=reader.line_num,
         ) from None
 
 
-def _number(line: dict[str, str], column: str, below: int, where: str) -> int:
+def _number(line: dict[str, str], column: str, below: int, at: At) -> int:
     allowed = [str(number) for number in range(below)]
     if line[column] not in allowed:
-        raise DataError(f"{where}: {column} is {line[column]!r}, not one of {', '.join(allowed)}; correct it")
+        raise at.wrong(f": {column} is {line[column]!r}, not one of {', '.join(allowed)}; correct it")
     return int(line[column])
 
 
@@ -147,11 +152,13 @@ def _boxes(cub: Path) -> dict[str, np.ndarray]:
             box = np.zeros(4, np.float32)
         if number not in names:
             raise DataError(
-                f"{cub / 'bounding_boxes.txt'} has image {number}, which images.txt does not list; unpack CUB again"
+                f"{cub / 'bounding_boxes.txt'} has image {number}, which images.txt does not list; unpack CUB again",
+                path=cub / "bounding_boxes.txt",
             )
         if not np.isfinite(box).all() or (box[2:] <= 0).any():
             raise DataError(
-                f"{cub / 'bounding_boxes.txt'}: the line of image {number} is wrong; unpack CUB again"
+                f"{cub / 'bounding_boxes.txt'}: the line of image {number} is wrong; unpack CUB again",
+                path=cub / "bounding_boxes.txt",
             )
         corners[names[number]] = np.concatenate([box[:2], box[:2] + box[2:]])
     return corners
@@ -163,7 +170,9 @@ def _fields(file: Path, count: int) -> Iterator[list[str]]:
         if not row:
             continue
         if len(row) != count:
-            raise DataError(f"{file}, line {number}: {len(row)} fields instead of {count}")
+            raise DataError(
+                f"{file}, line {number}: {len(row)} fields instead of {count}", path=file, line=number
+            )
         yield row
 
 

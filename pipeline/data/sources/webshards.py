@@ -28,7 +28,7 @@ from PIL import Image
 
 from artifacts.errors import ConfigError, DataError
 from pipeline.config.data import WebShards
-from pipeline.data.reading.annotations import boxes_of, check_range, label_of, numbered
+from pipeline.data.reading.annotations import At, boxes_of, check_range, label_of, numbered
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import decode_photo, read_mask
 from pipeline.data.source import Label
@@ -66,10 +66,10 @@ class Sample:
         return next(self.pieces[name] for name in IMAGES if name in self.pieces)
 
     @property
-    def where(self) -> str:
+    def at(self) -> At:
         """The tar and the member that says the label."""
         said = self.pieces.get("cls") or self.pieces.get("json") or self.image
-        return f"{self.tar}, {said.name}"
+        return At(self.tar, key=said.name)
 
     def read(self, piece: Piece) -> bytes:
         try:
@@ -90,7 +90,8 @@ def split_names(data: WebShards) -> list[str]:
             other = split_of.setdefault((data.root / name).resolve(), split)
             if other != split:
                 raise DataError(
-                    f"{data.root / name} is in both data.shards.{other} and data.shards.{split}; take it out of one"
+                    f"{data.root / name} is in both data.shards.{other} and data.shards.{split}; take it out of one",
+                    path=data.root / name,
                 )
     return list(data.shards)
 
@@ -101,7 +102,7 @@ def open_listing(data: WebShards, split: str) -> Listing:
         sample.label for other in data.shards for _, sample in _samples(data, other)
     )
     for sample in samples.values():
-        check_range(sample.label, sample.boxes, classes, sample.where)
+        check_range(sample.label, sample.boxes, classes, sample.at)
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
         sample = samples[entry.id]
@@ -142,17 +143,23 @@ def _tars(data: WebShards, split: str) -> list[str]:
 
     pattern = data.shards[split]
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise ConfigError(f"data.shards.{split}: {pattern!r} is not below data.root; give tars below it")
+        raise ConfigError(
+            f"data.shards.{split}: {pattern!r} is not below data.root; give tars below it",
+            key=f"data.shards.{split}",
+        )
     try:
         names = [name for part in braceexpand(pattern) for name in _matching(data.root, part)]
     except ValueError:
         raise ConfigError(
-            f"data.shards.{split}: the braces of {pattern!r} do not match; correct them"
+            f"data.shards.{split}: the braces of {pattern!r} do not match; correct them",
+            key=f"data.shards.{split}",
         ) from None
     missing = next((name for name in names if not (data.root / name).is_file()), None)
     if missing or not names:
         raise DataError(
-            f"{data.root / (missing or pattern)} does not exist; set data.root and data.shards.{split} to the tars"
+            f"{data.root / (missing or pattern)} does not exist; set data.root and data.shards.{split} to the tars",
+            path=data.root / (missing or pattern),
+            key=f"data.shards.{split}",
         )
     return list(dict.fromkeys(names))
 
@@ -174,7 +181,9 @@ def _indexed(tar: Path, size: int, changed: int) -> tuple[Sample, ...]:
     seen: set[str] = set()
     for key in (_plain(sample.key) for sample in samples):
         if key in seen:
-            raise DataError(f"{tar} has two samples {key}, not beside each other; write it again")
+            raise DataError(
+                f"{tar} has two samples {key}, not beside each other; write it again", path=tar, key=key
+            )
         seen.add(key)
     return tuple(samples)
 
@@ -190,7 +199,7 @@ def _pieces(tar: Path) -> Iterator[tuple[str, str, Piece]]:
             _check_end(archive, tar)
     except (tarfile.TarError, OSError) as error:
         raise DataError(
-            f"cannot read {tar} ({error}): cut off, damaged or compressed; copy it again"
+            f"cannot read {tar} ({error}): cut off, damaged or compressed; copy it again", path=tar
         ) from None
 
 
@@ -212,12 +221,18 @@ def _sample(tar: Path, key: str, group: Iterable[tuple[str, str, Piece]]) -> Sam
     pieces: dict[str, Piece] = {}
     for _, extension, piece in group:
         if extension in pieces:
-            raise DataError(f"{tar}, {piece.name}: the sample has two files .{extension}; write it again")
+            raise DataError(
+                f"{tar}, {piece.name}: the sample has two files .{extension}; write it again",
+                path=tar,
+                key=piece.name,
+            )
         pieces[extension] = piece
     if not any(name in pieces for name in IMAGES):
         if "cls" in pieces or "json" in pieces:
             raise DataError(
-                f"{tar}: the sample {key} has no image ({', '.join(IMAGES)}); write the tar again"
+                f"{tar}: the sample {key} has no image ({', '.join(IMAGES)}); write the tar again",
+                path=tar,
+                key=key,
             )
         return None
     return Sample(tar, key, pieces, **_annotations(tar, pieces))
@@ -226,21 +241,25 @@ def _sample(tar: Path, key: str, group: Iterable[tuple[str, str, Piece]]) -> Sam
 def _annotations(tar: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
     """label, group and boxes; the label of .cls before that of .json."""
     about = _json(tar, pieces["json"]) if "json" in pieces else {}
-    where = f"{tar}, {pieces['json'].name}" if "json" in pieces else str(tar)
-    label = _number(tar, pieces["cls"]) if "cls" in pieces else label_of(about.get("label"), where)
+    at = At(tar, key=pieces["json"].name if "json" in pieces else None)
+    label = _number(tar, pieces["cls"]) if "cls" in pieces else label_of(about.get("label"), at)
     group, boxes = about.get("group"), about.get("boxes")
-    if group is not None and not isinstance(label_of(group, where), int):
-        raise DataError(f"{where}: the group {group!r} is not a number (0, 1, ...); correct it")
-    return {"label": label, "group": group, "boxes": None if boxes is None else boxes_of(boxes, where)}
+    if group is not None and not isinstance(label_of(group, at), int):
+        raise at.wrong(f": the group {group!r} is not a number (0, 1, ...); correct it")
+    return {"label": label, "group": group, "boxes": None if boxes is None else boxes_of(boxes, at)}
 
 
 def _json(tar: Path, piece: Piece) -> dict[str, Any]:
     try:
         about = json.loads(piece.data or b"")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{tar}, {piece.name} is no JSON ({error}); write it again") from None
+        raise DataError(
+            f"{tar}, {piece.name} is no JSON ({error}); write it again", path=tar, key=piece.name
+        ) from None
     if not isinstance(about, dict):
-        raise DataError(f"{tar}, {piece.name} is no JSON object with a label; write it again")
+        raise DataError(
+            f"{tar}, {piece.name} is no JSON object with a label; write it again", path=tar, key=piece.name
+        )
     return about
 
 
@@ -248,6 +267,8 @@ def _number(tar: Path, piece: Piece) -> int:
     text = (piece.data or b"").decode("utf-8", "replace").strip()
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise DataError(
-            f"{tar}, {piece.name}: the label {text!r} is not a class index (0, 1, ...); correct it"
+            f"{tar}, {piece.name}: the label {text!r} is not a class index (0, 1, ...); correct it",
+            path=tar,
+            key=piece.name,
         )
     return int(text)
