@@ -12,20 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 
-from artifacts.errors import E2kdError
+from artifacts.errors import E2kdError, JobsFailed
 from pipeline.progress import Progress
 
 Job = tuple[str, int]
 """Student, seed."""
-
-
-class JobsFailed(E2kdError):
-    """Processes of runs ended with an error. `codes`: their exit codes."""
-
-    def __init__(self, codes: Mapping[Job, int]) -> None:
-        names = ", ".join(f"{name} seed {seed} (exit code {code})" for (name, seed), code in codes.items())
-        super().__init__(f"failed: {names}; what they said is above, the other runs are kept")
-        self.codes = dict(codes)
 
 
 def run_jobs(
@@ -34,7 +25,7 @@ def run_jobs(
     """Run `command --student S --seed K --no-report` for every job, `count` at a time. Returns those that failed, with
     their exit codes (-9: killed by signal 9).
 
-    The machine's cores are divided among them, and its GPUs (CUDA_VISIBLE_DEVICES) taken in turn. Where this process is
+    The machine's cores are divided among them, and its GPUs (CUDA_VISIBLE_DEVICES) taken in turn. If this process is
     interrupted (Ctrl-C) or told to end (SIGTERM, SIGHUP) all are stopped, and KeyboardInterrupt goes on.
     """
     processes = _Processes(command, count, progress)
@@ -48,10 +39,22 @@ def run_jobs(
     return [(job, code) for job, code in zip(jobs, codes, strict=True) if code != 0]
 
 
+def check(failed: Sequence[tuple[Job, int]]) -> None:
+    """Raises JobsFailed if any job failed: what `run_jobs` returned, of one call or several.
+
+    The command line ends with the error's exit code, so that a bug in a job is a bug in the whole.
+    """
+    if failed:
+        names = ", ".join(f"{name} seed {seed} (exit code {code})" for (name, seed), code in failed)
+        raise JobsFailed(
+            f"failed: {names}; what they said is above, the other runs are kept", codes=dict(failed)
+        )
+
+
 @contextmanager
 def _interrupting() -> Iterator[None]:
     """`kill`, `timeout`, a container's stop and a closed terminal interrupt as Ctrl-C does: they reach this process
-    alone, and by their default would leave the jobs running without it. What is ignored (nohup) stays so."""
+    alone, and by their default would leave the jobs running without it. A signal that is ignored (nohup) stays so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -93,7 +96,8 @@ class _Processes:
             device = self.free.pop(0)
             process = self._begin(job, device)
             self.running.add(process)
-        with process:  # closes its output and waits
+        # the block closes its output and waits
+        with process:
             for line in process.stdout or ():
                 self._say(job, line.rstrip())
         with self.lock:
@@ -125,7 +129,7 @@ class _Processes:
 
 
 def devices(count: int) -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES is for each of `count` jobs: the GPUs in turn; None where there is no GPU."""
+    """What CUDA_VISIBLE_DEVICES is for each of `count` jobs: the GPUs in turn; None if there is no GPU."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -141,13 +145,14 @@ def environment(own: Mapping[str, str], count: int, device: str | None) -> dict[
     threads = max(_cores() // count, 1)
     asked = own.get("OMP_NUM_THREADS", "")
     threads = min(threads, int(asked)) if asked.isdecimal() and int(asked) else threads
-    found = {**own, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    return found if device is None else found | {"CUDA_VISIBLE_DEVICES": device}
+    jobs_own = {**own, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    return jobs_own if device is None else jobs_own | {"CUDA_VISIBLE_DEVICES": device}
 
 
 def _cores() -> int:
     """Of this process: a cluster gives a job fewer than the machine has."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
+    # not on macOS
+    except AttributeError:
         return os.cpu_count() or 1

@@ -10,7 +10,7 @@ import torch
 from artifacts.errors import ConfigError, Diverged
 from pipeline.distill.run import distill
 from pipeline.evaluate.students import evaluate_student, scored_elsewhere
-from pipeline.order.jobs import Job, JobsFailed, run_jobs, this_command
+from pipeline.order.jobs import Job, check, run_jobs, this_command
 from pipeline.order.prepare import prepare_stores
 from pipeline.sharing import WHOLE, Launch, Part
 from pipeline.training.choice import by_method, choices
@@ -177,9 +177,7 @@ def _chosen_runs(
 
 
 def _raise_failed(outcome: Outcome) -> None:
-    codes = {job: code for job, code in outcome.failed if code is not None}
-    if codes:
-        raise JobsFailed(codes)
+    check([(job, code) for job, code in outcome.failed if code is not None])
     if outcome.failed:
         names = ", ".join(f"{name} seed {seed}" for (name, seed), _ in outcome.failed)
         raise Diverged(f"diverged: {names}; why is above, the other runs are kept")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.errors import JobsFailed
 from cli.main import app, run_guarded
 from pipeline.config import Experiment, dump
-from pipeline.order.jobs import devices, environment, run_jobs
+from pipeline.order.jobs import check, devices, environment, run_jobs
 from pipeline.progress import Quiet
 from pipeline.training.run import Run
 from pipeline.workspace import Layout
@@ -51,6 +52,50 @@ def test_a_failed_job_is_told_with_its_code_and_the_others_finish() -> None:
 def test_a_killed_job_has_its_signals_code() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert run_jobs([("a", 0)], _python(code), 1, Quiet()) == [(("a", 0), -9)]
+
+
+ENDS = {
+    "done": "pass",
+    "mistake": "import sys; sys.exit(2)",
+    "interrupted": "import sys; sys.exit(130)",
+    "bug": "1 / 0",
+    "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        (["done"], 0),
+        (["done", "mistake"], 2),
+        (["mistake", "mistake"], 2),
+        (["mistake", "interrupted"], 130),
+        (["mistake", "bug"], 1),
+        (["interrupted", "bug", "done"], 1),
+        (["killed", "mistake"], 1),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
+)
+def test_the_parent_ends_as_its_worst_job(
+    ends: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job's bug (exit 1) is no user's mistake (exit 2) of the parent."""
+    jobs = [(name, seed) for seed, name in enumerate(ends)]
+    script = f"import sys; exec({ENDS!r}[sys.argv[2]])"
+    assert run_guarded(lambda: check(run_jobs(jobs, _python(script), 2, Quiet()))) == code
+    said = capsys.readouterr().err
+    assert all((f"{name} seed {seed} (exit code" in said) == (name != "done") for name, seed in jobs)
+    assert said.startswith("e2kd: failed: ") == (code != 0)
+
+
+def test_failed_jobs_say_their_codes() -> None:
+    check([])
+    with pytest.raises(JobsFailed) as caught:
+        check([(("kd", 0), 2), (("kd", 1), -9)])
+    assert caught.value.codes == {("kd", 0): 2, ("kd", 1): -9}
+    assert str(caught.value) == (
+        "failed: kd seed 0 (exit code 2), kd seed 1 (exit code -9); what they said is above, the other runs are kept"
+    )
 
 
 def test_never_more_than_asked_at_a_time(tmp_path: Path) -> None:
@@ -127,12 +172,8 @@ def test_a_sweep_with_two_jobs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in (
-        ("ID", "1"),
-        ("COUNT", "2"),
-        ("MIN", "0"),
-        ("STEP", "1"),
-    ):  # the jobs are no array's tasks
+    # the jobs are no array's tasks
+    for name, value in (("ID", "1"), ("COUNT", "2"), ("MIN", "0"), ("STEP", "1")):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     experiment = experiment_of(
         train__epochs=1,
