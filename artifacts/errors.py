@@ -112,7 +112,13 @@ class StoreError(E2kdError):
 
 
 class IncompleteStore(StoreError):
-    """Precompute has not finished."""
+    """Precompute has not finished: `done` of `shards` shards are committed; None if there is no store at all."""
+
+    def __init__(
+        self, message: str, *, path: object = None, done: int | None = None, shards: int | None = None
+    ) -> None:
+        super().__init__(message, path=path)
+        self.done, self.shards = done, shards
 
 
 class DamagedStore(StoreError):

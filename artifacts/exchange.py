@@ -133,7 +133,9 @@ class _Export:
             ) from None
         except NewerSchema as error:
             raise StoreError(
-                f"{where}/{ABOUT} has schema {error}; update e2kd", path=f"{where}/{ABOUT}"
+                f"{where}/{ABOUT} has schema {error}; update e2kd",
+                path=f"{where}/{ABOUT}",
+                fields={"schema_version": (error.args[0], SCHEMA_VERSION)},
             ) from None
         except ValueError as error:
             raise StoreError(

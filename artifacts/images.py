@@ -260,7 +260,9 @@ def load_images(url: Url) -> ImageSet:
         return ImageSet(where, unseal(where.read("index.json"), SCHEMA_VERSION))
     except NewerSchema as error:
         raise ImageSetError(
-            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd", path=file
+            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd",
+            path=file,
+            fields={"schema_version": (error.args[0], SCHEMA_VERSION)},
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ImageSetError(

@@ -109,6 +109,7 @@ def _sealed(where: Place, name: str) -> dict[str, Any] | None:
         raise ImageSetError(
             f"{where}/{name} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd",
             path=f"{where}/{name}",
+            fields={"schema_version": (error.args[0], SCHEMA_VERSION)},
         ) from None
     except (FileNotFoundError, ValueError):
         return None

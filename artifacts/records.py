@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from artifacts.errors import DamagedStore, MismatchedStore, StoreError
+from artifacts.errors import DamagedStore, IncompleteStore, MismatchedStore, StoreError
 from artifacts.manifest import SCHEMA_VERSION, ManifestDraft, ShardRecord, differences
 from artifacts.places import Place
 from artifacts.sealed import NewerSchema, seal, unseal
@@ -27,7 +27,9 @@ def read_record(place: Place, name: str, model: type[_Model]) -> _Model:
         return model.model_validate(unseal(place.read(name), SCHEMA_VERSION))
     except NewerSchema as error:
         raise StoreError(
-            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd", path=file
+            f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd",
+            path=file,
+            fields={"schema_version": (error.args[0], SCHEMA_VERSION)},
         ) from None
     except (ValueError, TypeError) as error:
         raise DamagedStore(
@@ -79,5 +81,10 @@ def damaged(place: Place, name: str, shard: int, rows: range, what: str) -> Dama
     )
 
 
-def incomplete(place: Place, done: int, total: int) -> str:
-    return f"{place} is not finished: {done} of {total} shards are committed; {MEND}"
+def incomplete(place: Place, done: int, shards: int) -> IncompleteStore:
+    return IncompleteStore(
+        f"{place} is not finished: {done} of {shards} shards are committed; {MEND}",
+        path=place,
+        done=done,
+        shards=shards,
+    )

@@ -170,12 +170,12 @@ def load_store(url: Url) -> TeacherStore:
     """`open_store` without a look at the objects."""
     where = place(url)
     if not where.exists("manifest.json"):
-        raise IncompleteStore(_state(where), path=where)
+        raise _unfinished(where)
     return TeacherStore(where, read_record(where, "manifest.json", Manifest))
 
 
-def _state(where: Place) -> str:
+def _unfinished(where: Place) -> IncompleteStore:
     if not where.exists("draft.json"):
-        return f"there is no teacher store at {where}; {MEND}"
+        return IncompleteStore(f"there is no teacher store at {where}; {MEND}", path=where)
     draft = read_record(where, "draft.json", ManifestDraft)
     return incomplete(where, len(StoreWriter(where, draft).committed()), draft.shape.shards)

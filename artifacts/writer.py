@@ -17,7 +17,7 @@ import numpy as np
 
 from artifacts.arrays import ABSENT, ArrayPlan, array_plans, checksum, compress, group_metadata, join
 from artifacts.codecs import encode_logits, encode_maps, get_codec
-from artifacts.errors import DamagedStore, DataError, IncompleteStore, StoreError
+from artifacts.errors import DamagedStore, DataError, StoreError
 from artifacts.manifest import Manifest, ManifestDraft, ObjectRecord, ShardRecord
 from artifacts.places import Place, Url, place
 from artifacts.records import check_same, commit_name, incomplete, read_record, write_record, wrong_sizes
@@ -85,7 +85,7 @@ class StoreWriter:
         """Write the manifest once every shard is committed. Raises IncompleteStore while one is missing."""
         shape, records = self.draft.shape, self._records()
         if len(records) < shape.shards:
-            raise IncompleteStore(incomplete(self.place, len(records), shape.shards), path=self.place)
+            raise incomplete(self.place, len(records), shape.shards)
         shards = [records[shard] for shard in range(shape.shards)]
         self.place.sweep()
         manifest = Manifest(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from artifacts import ImageSet, Sample, TeacherRows, open_images
+from artifacts import E2kdError, ImageSet, Sample, TeacherRows, open_images
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
 from artifacts.packing import write_images
 from artifacts.writer import StoreWriter
@@ -106,6 +107,18 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
+@contextmanager
+def refused(kind: type[E2kdError], *says: str, **fields: Any) -> Iterator[None]:
+    """The block raises exactly this class, with these fields; `says`: words that the message has besides."""
+    with pytest.raises(kind) as caught:
+        yield
+    error = caught.value
+    assert type(error) is kind
+    known = {name: str(value) if name == "path" else value for name, value in fields.items()}
+    assert {name: getattr(error, name) for name in known} == known, error
+    assert [words for words in says if words not in str(error)] == [], error
+
+
 class Tools:
     """The functions of this file, for tests (a conftest is not importable)."""
 
@@ -116,6 +129,7 @@ class Tools:
     write_shard = staticmethod(write_shard)
     fill = staticmethod(fill)
     snapshot = staticmethod(snapshot)
+    refused = staticmethod(refused)
     rows, per_shard, classes, size = ROWS, PER_SHARD, CLASSES, SIZE
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import zarr
 import artifacts.arrays
 import artifacts.store
 from artifacts import (
+    DamagedStore,
     E2kdError,
     ImageSetError,
     IncompleteStore,
@@ -229,14 +229,14 @@ class Tally:
         try:
             store = open_store(made.path)
         except E2kdError as error:
-            self.named(made.path, case, str(error), damaged)
+            self.named(made.path, case, error, damaged)
             refused = True
             store = load_store(made.path)  # as a process sees it that had opened the store before
         for rows in [[row] for row in range(11)] if by_row else [list(range(11))]:
             try:
                 found = store.read(rows)
             except E2kdError as error:
-                self.named(made.path, case, str(error), damaged)
+                self.named(made.path, case, error, damaged)
                 refused = True
                 continue
             for field in dataclasses.fields(TeacherRows):
@@ -245,14 +245,15 @@ class Tally:
         self.counts["refused" if refused else "harmless"] += 1
 
     @staticmethod
-    def named(path: Path, case: object, message: str, damaged: dict[int, str]) -> None:
-        assert "\n" not in message, case
-        assert f"run: e2kd verify --repair {path}" in message, (case, message)
-        match = re.search(r"array (\w+), shard (\d+) \(rows (\d+) to (\d+)\)", message)
-        assert match, (case, message)
-        shard, start, stop = (int(match[i]) for i in (2, 3, 4))
-        assert damaged.get(shard) == match[1], (case, message)
-        assert 4 * shard <= start <= stop <= min(4 * shard + 3, 10), (case, message)
+    def named(path: Path, case: object, error: E2kdError, damaged: dict[int, str]) -> None:
+        assert type(error) is DamagedStore, (case, error)
+        says(error, case, f"run: e2kd verify --repair {path}")
+        shard, rows = error.shard, error.rows
+        assert shard is not None, case
+        assert rows, case
+        assert (error.path, error.array) == (str(path), damaged.get(shard)), (case, error)
+        assert set(rows) <= set(range(4 * shard, min(4 * shard + 4, 11))), (case, error)
+        assert f"array {error.array}, shard {shard} (rows {rows[0]} to {rows[-1]})" in str(error), case
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items()))
@@ -338,11 +339,12 @@ def test_swapped_objects_are_refused(
             with replaced({file: two, other: one}):
                 tally.counts["cases"] += 1
                 damaged = {(shard, array), (other_shard, other_array)}
-                with pytest.raises(E2kdError, match=r"array \w+, shard \d \(rows \d+ to \d+\)") as caught:
+                with pytest.raises(DamagedStore) as caught:
                     open_store(made.path).read(range(11))
-                assert any(f"array {a}, shard {s} " in str(caught.value) for s, a in damaged), case
+                assert (caught.value.shard, caught.value.array) in damaged, case
+                assert caught.value.rows, case
                 for row in [4 * shard, 4 * other_shard]:
-                    with pytest.raises(E2kdError, match="e2kd verify --repair"):
+                    with pytest.raises(DamagedStore, match="e2kd verify --repair"):
                         load_store(made.path).read([row])
                 problems = verify_store(made.path).problems
                 assert {(p.shard, p.array) for p in problems} == damaged, case
@@ -421,8 +423,10 @@ def test_records_of_an_older_run_are_refused_or_found(make: Any, record: str) ->
     with replaced({made.path / record: stale}):
         assert not verify_store(made.path).ok
         if record == "manifest.json":  # it names other objects
-            with pytest.raises(E2kdError, match=r"shard \d \(rows"):
+            with pytest.raises(DamagedStore) as caught:
                 open_store(made.path).read(range(11))
+            assert caught.value.shard in (0, 1, 2)
+            assert caught.value.rows
 
 
 def test_swapped_commit_records_are_found(make: Any) -> None:
@@ -435,30 +439,28 @@ def test_swapped_commit_records_are_found(make: Any) -> None:
 def test_reading_at_any_moment_of_writing_says_that_it_is_not_finished(
     tmp_path: Path, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: Counter[str] = Counter()
+    seen: Counter[int | None] = Counter()
     writing = LocalPlace.writing
 
     @contextmanager
     def watched(place: LocalPlace, name: str) -> Iterator[Path]:
         with writing(place, name) as file:
             yield file
-            try:
+            with pytest.raises(IncompleteStore) as caught:
                 open_store(place.path)
-                raise AssertionError(f"open before {name} was there")
-            except IncompleteStore as error:
-                match = re.search(r"(\d of 3 shards are committed|there is no teacher store)", str(error))
-                says(error, name, place.path, "run: e2kd precompute")
-                seen[match[1] if match else "?"] += 1
+            error = caught.value
+            says(error, name, place.path, "run: e2kd precompute")
+            assert error.path == str(place.path)
+            assert error.shards == (None if error.done is None else 3)
+            seen[error.done] += 1
 
     monkeypatch.setattr(LocalPlace, "writing", watched)
     tools.fill(tmp_path / "store")
     monkeypatch.undo()
     assert open_store(tmp_path / "store").read(range(11)).logits.shape == (11, 1, 5)
-    assert dict(seen) == {
-        "there is no teacher store": 6,  # zarr.json of 4 arrays and the group, draft.json
-        **{f"{done} of 3 shards are committed": 5 for done in range(3)},  # 4 objects and a commit record each
-        "3 of 3 shards are committed": 1,  # manifest.json
-    }
+    # no store: zarr.json of 4 arrays and the group, draft.json; then 4 objects and a commit record of each shard;
+    # then manifest.json
+    assert dict(seen) == {None: 6, 0: 5, 1: 5, 2: 5, 3: 1}
 
 
 @pytest.mark.parametrize("version", [2, 99])
@@ -471,8 +473,10 @@ def test_newer_schemas_say_so_everywhere(make: Any, packed: Any, version: int) -
         newer = json.dumps(json.loads(file.read_bytes()) | {"schema_version": version}).encode()
         with replaced({file: newer}):
             message = f"has schema {version}, this e2kd reads 1; update e2kd"
-            with pytest.raises((StoreError, ImageSetError), match=message):
+            with pytest.raises((StoreError, ImageSetError), match=message) as caught:
                 reader(file.parent)
+            assert caught.value.path == str(file)
+            assert caught.value.fields == {"schema_version": (version, 1)}
             (problem,) = verify(file.parent).problems
             assert message in str(problem)
 
@@ -593,7 +597,7 @@ def test_any_fault_in_an_index_is_refused(set_of: Any) -> None:
         with replaced({file: data}):
             with pytest.raises(ImageSetError, match=r"run: e2kd pack|update e2kd") as caught:
                 open_images(images.place.path)
-            assert str(images.place.path) in str(caught.value), fault
+            assert caught.value.path == str(images.place.path if fault == "missing" else file), fault
             assert not verify_images(images.place.path).ok, fault
     print(f"index.json: {dict(tally)}")
     assert tally["cases"] > 100

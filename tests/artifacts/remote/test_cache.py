@@ -16,7 +16,7 @@ import pytest
 
 from artifacts import cache
 from artifacts.durable import sha256_file
-from artifacts.errors import DamagedStore, E2kdError
+from artifacts.errors import DamagedStore, PlaceError
 from artifacts.images import open_images
 from artifacts.places import place
 from artifacts.store import TeacherStore, open_store
@@ -372,5 +372,6 @@ def test_a_process_that_is_forked_while_a_thread_fetches(source: Source) -> None
 @pytest.mark.parametrize("gib", ["lots", "", "nan"])
 def test_a_bound_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPatch, gib: str) -> None:
     monkeypatch.setenv("E2KD_CACHE_GIB", gib)
-    with pytest.raises(E2kdError, match="E2KD_CACHE_GIB"):
+    with pytest.raises(PlaceError, match="E2KD_CACHE_GIB") as caught:
         cache.bound()
+    assert caught.value.key == "E2KD_CACHE_GIB"

@@ -197,13 +197,15 @@ def test_an_unknown_protocol_is_one_sentence(url: str) -> None:
     assert url in str(caught.value)
 
 
-def test_a_protocol_whose_package_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_protocol_whose_package_is_missing_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tools: Any
+) -> None:
     monkeypatch.setitem(
         known_implementations,
         "absent",
         {"class": "absent.System", "err": "Please install absent"},
     )
-    with pytest.raises(PlaceError, match=r"cannot open absent://x: Please install absent"):
+    with tools.refused(PlaceError, "Please install absent", path="absent://x"):
         place("absent://x")
 
 
@@ -316,7 +318,7 @@ def test_an_interrupted_store_resumes_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             tools.write_shard(writer, 1)
     assert writer.committed() == {0}
-    with pytest.raises(IncompleteStore, match="1 of 3 shards are committed"):
+    with tools.refused(IncompleteStore, path=url, done=1, shards=3):
         open_store(url)
     assert [str(problem) for problem in verify_store(url).problems] == [
         f"{url} is not finished: 1 of 3 shards are committed; run: e2kd precompute CONFIG"
@@ -341,7 +343,7 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
 
     with pytest.raises(KeyboardInterrupt):
         tools.pack(url, stopping)
-    with pytest.raises(ImageSetError, match="was not finished"):
+    with tools.refused(ImageSetError, "was not finished", path=url):
         open_images(url)
     assert "shard-000001.tar" not in finished(place(url))
     tools.pack(url, get)
@@ -349,14 +351,13 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(
     assert remote_tools.objects(url) == tools.snapshot(packed_once)
 
 
-def test_a_place_without_a_store_or_images(base: str) -> None:
+def test_a_place_without_a_store_or_images(base: str, tools: Any) -> None:
     for opening, sort, told in [
         (open_store, IncompleteStore, "there is no teacher store at"),
         (open_images, ImageSetError, "is not there"),
     ]:
-        with pytest.raises(sort, match=told) as caught:
+        with tools.refused(sort, told, path=f"{base}/nothing"):
             opening(f"{base}/nothing")
-        assert f"{base}/nothing" in str(caught.value)
     assert not verify_store(f"{base}/nothing").ok
     assert not verify_images(f"{base}/nothing").ok
 
@@ -369,9 +370,8 @@ def test_changed_bytes_of_a_store_are_found(store_at: str, array: str, remote_to
     for position in (5, len(data) - 10):
         where.write(name, remote_tools.changed(data, position))
         store = open_store(store_at)
-        with pytest.raises(DamagedStore, match=f"array {array}, shard 1 \\(rows 4 to 7\\)") as caught:
+        with tools.refused(DamagedStore, path=store_at, array=array, shard=1, rows=range(4, 8)):
             store.read([5])
-        assert store_at in str(caught.value)
         (problem, *_) = verify_store(store_at).problems
         assert (problem.array, problem.shard) == (array, 1)
     where.write(name, data)
@@ -380,7 +380,9 @@ def test_changed_bytes_of_a_store_are_found(store_at: str, array: str, remote_to
 
 
 @pytest.mark.parametrize("array", ["logits"])
-def test_missing_short_and_swapped_objects_of_a_store_are_found(store_at: str, array: str) -> None:
+def test_missing_short_and_swapped_objects_of_a_store_are_found(
+    store_at: str, array: str, tools: Any
+) -> None:
     where = place(store_at)
     name, other = (
         next(name for name in where.sizes() if name.startswith(f"{array}/c/{shard}")) for shard in (1, 0)
@@ -395,19 +397,19 @@ def test_missing_short_and_swapped_objects_of_a_store_are_found(store_at: str, a
             where.remove(name)
         else:
             where.write(name, change)
-        with pytest.raises(DamagedStore, match=f"array {array}, shard 1 \\(rows 4 to 7\\) {told}"):
+        with tools.refused(DamagedStore, told, path=store_at, array=array, shard=1, rows=range(4, 8)):
             open_store(store_at)
         assert [problem.what for problem in verify_store(store_at, quick=True).problems] == [told]
     where.write(name, where.read(other))
-    with pytest.raises(DamagedStore, match=f"array {array}, shard 1"):
+    with tools.refused(DamagedStore, path=store_at, array=array, shard=1):
         open_store(store_at).read([5])
     assert {(problem.array, problem.shard) for problem in verify_store(store_at).problems} == {(array, 1)}
 
 
-def test_an_object_that_goes_after_opening_is_missing(store_at: str) -> None:
+def test_an_object_that_goes_after_opening_is_missing(store_at: str, tools: Any) -> None:
     where, store = place(store_at), open_store(store_at)
     where.remove(next(name for name in where.sizes() if name.startswith("maps/c/1")))
-    with pytest.raises(DamagedStore, match=r"array maps, shard 1 \(rows 4 to 7\) is missing"):
+    with tools.refused(DamagedStore, "is missing", path=store_at, array="maps", shard=1, rows=range(4, 8)):
         store.read([5])
 
 
@@ -422,14 +424,16 @@ def test_changed_records_of_a_store_are_found(store_at: str, name: str, remote_t
             open_store(store_at).read([0])
 
 
-def test_changed_bytes_of_images_are_found(images_at: str, packed_once: Path, remote_tools: Any) -> None:
+def test_changed_bytes_of_images_are_found(
+    images_at: str, packed_once: Path, tools: Any, remote_tools: Any
+) -> None:
     where = place(images_at)
     tar = where.read("shard-000001.tar")
     start = tar.index(open_images(packed_once).members(5)["png"])
     where.write("shard-000001.tar", remote_tools.changed(tar, start + 100))
-    with pytest.raises(ImageSetError, match="row 5") as caught:
+    path = f"{images_at}/shard-000001.tar"
+    with tools.refused(ImageSetError, path=path, shard=1, rows=range(5, 6), key="img-0005"):
         open_images(images_at)[5]
-    assert f"{images_at}/shard-000001.tar" in str(caught.value)
     assert open_images(images_at)[4].key == "img-0004"
     assert {problem.shard for problem in verify_images(images_at).problems} == {1}
     where.write("shard-000001.tar", where.read("shard-000000.tar"))
@@ -439,16 +443,16 @@ def test_changed_bytes_of_images_are_found(images_at: str, packed_once: Path, re
 
 
 @pytest.mark.parametrize("name", ["index.json", "shard-000001.rows.json"])
-def test_changed_lists_of_images_are_found(images_at: str, name: str, remote_tools: Any) -> None:
+def test_changed_lists_of_images_are_found(images_at: str, name: str, tools: Any, remote_tools: Any) -> None:
     where = place(images_at)
     data = where.read(name)
     where.write(name, remote_tools.changed(data, len(data) // 2))
-    with pytest.raises(ImageSetError, match=name):
+    with tools.refused(ImageSetError, path=f"{images_at}/{name}"):
         open_images(images_at)[5]
     assert not verify_images(images_at).ok
 
 
-def test_missing_and_short_tars_are_found(images_at: str) -> None:
+def test_missing_and_short_tars_are_found(images_at: str, tools: Any) -> None:
     where = place(images_at)
     tar = where.read("shard-000001.tar")
     half = len(tar) // 2
@@ -458,14 +462,15 @@ def test_missing_and_short_tars_are_found(images_at: str) -> None:
             where.remove("shard-000001.tar")
         else:
             where.write("shard-000001.tar", left)
-        with pytest.raises(ImageSetError, match=f"rows 4 to 7\\) {told}"):
+        path = f"{images_at}/shard-000001.tar"
+        with tools.refused(ImageSetError, told, path=path, shard=1, rows=range(4, 8)):
             open_images(images_at)
         assert [problem.what for problem in verify_images(images_at, quick=True).problems] == [told]
-        with pytest.raises(ImageSetError, match=r"row 7 cannot be decoded"):
+        with tools.refused(ImageSetError, path=path, shard=1, rows=range(7, 8), key="img-0007"):
             images[7]
         where.write("shard-000001.tar", tar)
     where.remove("shard-000001.rows.json")
-    with pytest.raises(ImageSetError, match="has no row list"):
+    with tools.refused(ImageSetError, "has no row list", path=path, shard=1, rows=range(4, 8)):
         open_images(images_at)
     assert not verify_images(images_at).ok
 

@@ -116,6 +116,7 @@ def test_no_access_is_not_repeated(s3: Any, bucket: str, waits: list[float], nam
     s3.fail("403", times=10**6)
     with pytest.raises(PlaceError, match="check the credentials") as caught:
         CALLS[name][0](where)
+    assert str(caught.value.path).startswith(f"{bucket}/")
     assert bucket in str(caught.value)
     assert waits == []
 
@@ -159,6 +160,7 @@ def test_a_failed_upload_leaves_no_object_and_the_next_run_writes_it(
     s3.fail("503", times=10**6, when=puts_of_shard_1)
     with pytest.raises(PlaceError, match="maps/c/1") as caught:
         tools.fill(url)
+    assert str(caught.value.path).startswith(f"{url}/maps/c/1/")
     assert "\n" not in str(caught.value)
     assert len([request for request in s3.requests if puts_of_shard_1(request)]) == 5
     names = place(url).sizes()
