@@ -48,8 +48,9 @@ def test_the_drawn_tree_is_the_tree() -> None:
 
 def test_no_error_of_users_is_defined_elsewhere() -> None:
     """Every class that is raised for users is drawn: a package that is imported whole adds none."""
-    import cli.main
     import pipeline.order.stages
+
+    import cli.main
     import pipeline.report
 
     assert {module.__name__ for module in (cli.main, pipeline.order.stages, pipeline.report)}
