@@ -26,8 +26,8 @@ distill: setup     ## stage 2: every student and seed, evaluated and reported (s
 report: setup      ## the scorecard again
 	$(BIN)/e2kd report $(CONFIG) $(ARGS)
 
-test: setup browser ## the test-suite
-	$(BIN)/python -m pytest $(ARGS) $(shell $(FIND_BROWSER) || echo "-m 'not slow and not gpu and not browser'")
+test: setup browser ## the test-suite, one process per core (ARGS="-n 0 --pdb": in one)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS) $(shell $(FIND_BROWSER) || echo "-m 'not slow and not gpu and not browser'")
 
 browser:         ## a headless browser for the tests of the report's page, where there is none (Debian, as root)
 	@$(FIND_BROWSER) || (echo "installing chromium-headless-shell"; \
