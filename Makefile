@@ -5,7 +5,7 @@ ARGS   ?=
 BIN    := .venv/bin
 FIND_BROWSER := (command -v chromium-headless-shell || command -v chromium || command -v google-chrome) >/dev/null
 
-.PHONY: help setup precompute distill report test check bench demo browser clean
+.PHONY: help setup precompute distill report test mutants check bench demo browser clean
 
 help:            ## this list
 	@grep -hE '^[a-z]+: .*##|^[a-z]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -33,6 +33,9 @@ browser:         ## a headless browser for the tests of the report's page, where
 	@$(FIND_BROWSER) || (echo "installing chromium-headless-shell"; \
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null) || \
 	echo "no browser could be installed: the tests of the report's page are left out"
+
+mutants: setup     ## small mistakes in the method, each of which a fast test must notice (ARGS="losses": some)
+	$(BIN)/python -m tests.mutants.main $(ARGS)
 
 check: setup       ## lint, format, types, import directions
 	$(BIN)/ruff check .

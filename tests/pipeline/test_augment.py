@@ -179,6 +179,17 @@ def test_colour_changes_images_only() -> None:
     assert coloured[0].max() <= 1
 
 
+def test_colours_of_epochs_seeds_and_samples_differ() -> None:
+    image, colour = pixels(1, 8), AugmentConfig(crop_scale=None, hflip=0.0, **COLOUR)
+    looks = {
+        tuple(PairedAugment(colour, seed=seed)(image, None, [row], epoch)[0].flatten().tolist())
+        for seed in range(3)
+        for epoch in range(3)
+        for row in range(3)
+    }
+    assert len(looks) == 27
+
+
 def test_colours_are_kornias_own() -> None:
     images, ids = pixels(12, 32), np.arange(12, dtype=np.uint64)
     augment = PairedAugment(AugmentConfig(crop_scale=None, hflip=0.0, **COLOUR))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,28 @@ def test_maps_and_parameter_gradients_equal_plain_double_backward(name: str) -> 
     largest = max(float(reference.norm()) for _, reference in pairs)
     for ours, reference in pairs:
         assert float((ours - reference).norm()) <= 1e-10 * max(float(reference.norm()), 1e-3 * largest)
+
+
+class Anywhere(nn.Module):
+    """Its head weighs every place of the features on its own, so that a gradient differs from place to place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 5)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.layer(images).relu()
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.linear(features.flatten(1))
+
+
+def test_a_gradient_that_differs_between_places_counts_by_its_mean() -> None:
+    torch.manual_seed(0)
+    model: Any = Anywhere().double()
+    expected, out = plain_gradcam(model, images(8)), explainers.GradCAM(model)(images(8))
+    assert (out.maps.amax((1, 2, 3)) > 0).all()
+    torch.testing.assert_close(out.maps, expected.maps.detach(), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("logit", ["raw", "centred"])

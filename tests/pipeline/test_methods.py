@@ -338,7 +338,11 @@ def test_students_train_with_a_prior_method(
     distill(Workspace(experiment_of(students=STUDENTS), prepared, fabric), name, 0)
     history = Run(prepared.run(name, 0)).history()
     assert all(math.isfinite(line["prior_loss"]) for line in history)
+    assert history[-1]["prior_loss"] > 0
     assert ("explanation_loss" in history[0]) == (name == "crd")
+    for line in history:
+        terms = line["logit_loss"] + line["prior_loss"] + line.get("explanation_loss", 0.0)
+        assert line["loss"] == pytest.approx(terms, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["reviewkd", "crd"])

@@ -73,6 +73,9 @@ def test_iou_by_hand() -> None:
     torch.testing.assert_close(iou(MAPS, MASKS), torch.tensor([1 / 3, 0.0, 0.0]))
     torch.testing.assert_close(iou(MAPS, MASKS, threshold=0.4), torch.tensor([0.5, 0.0, 0.0]))
     assert iou(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).item() == 0
+    # A map without a zero, scaled: [1, .5, .25, 0].
+    high = torch.tensor([8.0, 6.0, 5.0, 4.0]).reshape(1, 1, 2, 2)
+    assert iou(high, torch.tensor([[[1, 1], [0, 0]]])).item() == 0.5
 
 
 def test_masks_of_other_sizes_are_refused() -> None:
