@@ -23,7 +23,7 @@ from artifacts.durable import sha256_file
 from artifacts.errors import ImageSetError, MismatchedStore, StoreError
 from artifacts.images import ImageSet, open_images
 from artifacts.manifest import SCHEMA_VERSION, ManifestDraft
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from artifacts.places import Place, Url, place
 from artifacts.rows import TeacherRows
 from artifacts.sealed import NewerSchema, seal, unseal
@@ -91,13 +91,15 @@ def import_store(
     exported = _Export(place(source))
     write_images(
         images,
-        count=exported.draft.shape.rows,
-        get=exported.image_members,
-        view=exported.packed["view"],
-        classes=exported.packed["classes"],
-        source=exported.packed["source"],
-        image_format=exported.packed["format"],
-        rows_per_shard=exported.draft.shape.rows_per_shard,
+        Packing(
+            count=exported.draft.shape.rows,
+            get=exported.image_members,
+            view=exported.packed["view"],
+            classes=exported.packed["classes"],
+            source=exported.packed["source"],
+            image_format=exported.packed["format"],
+            rows_per_shard=exported.draft.shape.rows_per_shard,
+        ),
         progress=progress,
     )
     packed = open_images(images)

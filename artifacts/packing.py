@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,54 +28,70 @@ Members = Mapping[str, bytes]
 """The files of a packed sample by extension."""
 
 
+@dataclass(frozen=True)
+class Packing:
+    """What an image set is made of: rows 0..count-1 that `get(row)` gives, a Sample or (key, members) as they are.
+
+    view, classes and source describe the set: a pack that was interrupted continues only if they are the same.
+    """
+
+    count: int
+    get: Callable[[int], Sample | tuple[str, Members]]
+    view: dict[str, Any]
+    classes: Sequence[str]
+    source: str
+    rows_per_shard: int
+    image_format: str = "png"
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "view": self.view,
+            "classes": list(self.classes),
+            "source": self.source,
+            "count": self.count,
+            "rows_per_shard": self.rows_per_shard,
+            "schema_version": SCHEMA_VERSION,
+            "format": self.image_format,
+        }
+
+
 def write_images(
     url: Url,
+    packing: Packing,
     *,
-    count: int,
-    get: Callable[[int], Sample | tuple[str, Members]],
-    view: dict[str, Any],
-    classes: Sequence[str],
-    source: str,
-    rows_per_shard: int,
-    image_format: str = "png",
     again: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Pack rows 0..count-1 that `get(row)` gives, or continue where an interrupted pack of the same stopped.
+    """Pack an image set, or continue if an interrupted pack of the same stopped.
 
-    `get` gives a Sample, or (key, members) that are packed already. Shards that are finished are not asked for again,
-    except tars named in `again`; a finished set of the same description is left alone. Raises ImageSetError for unfit
-    or repeated keys, or where the folder holds a set of something else, finished or not.
+    Shards that are finished are not asked for again, except tars named in `again`; a finished set of the same
+    description is left alone. Raises ImageSetError for unfit or repeated keys, or if the folder holds a set of
+    something else, finished or not.
     """
-    where = place(url)
-    plan = {
-        "view": view,
-        "classes": list(classes),
-        "source": source,
-        "count": count,
-        "rows_per_shard": rows_per_shard,
-    }
-    plan |= {"schema_version": SCHEMA_VERSION, "format": image_format}
-    _begin(where, plan)
-    seen: dict[str, int] = {}
+    where, advance = place(url), progress or _ignore
+    _begin(where, packing.describe())
+    keys = _Keys(where)
     lists: list[RowList] = []
-    for start in range(0, count, rows_per_shard):
-        rows = range(start, min(start + rows_per_shard, count))
-        tar = f"shard-{start // rows_per_shard:06d}.tar"
+    for start in range(0, packing.count, packing.rows_per_shard):
+        rows = range(start, min(start + packing.rows_per_shard, packing.count))
+        tar = f"shard-{start // packing.rows_per_shard:06d}.tar"
         finished = None if tar in again else _finished(where, tar, len(rows))
         if finished is None:
             where.remove("index.json")
             where.remove(row_list(tar))
-            finished = _write_shard(where, tar, rows, get, image_format, seen, progress)
+            finished = _write_shard(where, tar, _packed(packing, rows, keys, advance))
         else:
             for row, key in zip(rows, finished.keys, strict=True):
-                _claim(seen, key, row, where)
-            if progress:
-                progress(len(rows))
+                keys.claim(key, row)
+            advance(len(rows))
         lists.append(finished)
-    index = seal(_index(plan, lists))
+    index = seal(_index(packing.describe(), lists))
     if not where.exists("index.json") or where.read("index.json") != index:
         where.write("index.json", index)
+
+
+def _ignore(done: int) -> None:
+    pass
 
 
 def _begin(where: Place, plan: dict[str, Any]) -> None:
@@ -115,15 +132,21 @@ def _sealed(where: Place, name: str) -> dict[str, Any] | None:
         return None
 
 
-def _write_shard(
-    where: Place,
-    tar: str,
-    rows: range,
-    get: Callable[[int], Sample | tuple[str, Members]],
-    image_format: str,
-    seen: dict[str, int],
-    progress: Callable[[int], None] | None,
-) -> RowList:
+def _packed(
+    packing: Packing, rows: range, keys: _Keys, advance: Callable[[int], None]
+) -> Iterator[tuple[str, Members]]:
+    """(key, members) of each row. Raises ImageSetError for an unfit or repeated key."""
+    for row in rows:
+        sample = packing.get(row)
+        if isinstance(sample, Sample):
+            sample = sample.key, _members(sample, packing.image_format)
+        key, members = sample
+        keys.claim(key, row)
+        yield key, members
+        advance(1)
+
+
+def _write_shard(where: Place, tar: str, samples: Iterator[tuple[str, Members]]) -> RowList:
     from webdataset import TarWriter  # it imports torch
 
     with where.writing(tar) as partial:
@@ -131,22 +154,8 @@ def _write_shard(
             partial.open("r+b") as file,
             TarWriter(file, mtime=0, user="e2kd", group="e2kd", encoder=False) as writer,
         ):
-            for row in rows:
-                found = get(row)
-                key, members = (
-                    (found.key, _members(found, image_format)) if isinstance(found, Sample) else found
-                )
-                if not _KEY.fullmatch(key):
-                    raise ImageSetError(
-                        f"key {key!r} of row {row}: use only letters, digits, _ and -",
-                        path=where,
-                        rows=range(row, row + 1),
-                        key=key,
-                    )
-                _claim(seen, key, row, where)
+            for key, members in samples:
                 writer.write({"__key__": key, **members})
-                if progress:
-                    progress(1)
         entries = {
             "tar": {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)},
             "rows": locate_rows(partial),
@@ -156,14 +165,23 @@ def _write_shard(
     return read_row_list(where, tar, hashlib.sha256(data).hexdigest())
 
 
-def _claim(seen: dict[str, int], key: str, row: int, where: Place) -> None:
-    if seen.setdefault(key, row) != row:
-        raise ImageSetError(
-            f"{where}: rows {seen[key]} and {row} have the same key {key}",
-            path=where,
-            rows=range(row, row + 1),
-            key=key,
-        )
+class _Keys:
+    """The keys of a set so far, each of them one row's."""
+
+    def __init__(self, where: Place) -> None:
+        self.where = where
+        self.rows: dict[str, int] = {}
+
+    def claim(self, key: str, row: int) -> None:
+        """Raises ImageSetError if the key is unfit, or another row's."""
+        if not _KEY.fullmatch(key):
+            raise self._error(f"key {key!r} of row {row}: use only letters, digits, _ and -", key, row)
+        if self.rows.setdefault(key, row) != row:
+            first = self.rows[key]
+            raise self._error(f"{self.where}: rows {first} and {row} have the same key {key}", key, row)
+
+    def _error(self, message: str, key: str, row: int) -> ImageSetError:
+        return ImageSetError(message, path=self.where, rows=range(row, row + 1), key=key)
 
 
 def _finished(where: Place, tar: str, count: int) -> RowList | None:

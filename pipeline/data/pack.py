@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from artifacts import ImageSet, open_images
 from artifacts.errors import ConfigError
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from artifacts.places import Place
 from pipeline.config import DataConfig, Experiment, Files
 from pipeline.config.problems import did_you_mean
@@ -36,12 +36,14 @@ def pack_split(workspace: Workspace, split: str, again: Collection[str] = ()) ->
     with progress.bar(f"pack {split}", len(source), "image") as advance:
         write_images(
             place_of_split,
-            count=len(source),
-            get=lambda row: view.apply(source.raw(row)),
-            view=view.describe(),
-            classes=source.classes,
-            source=source.describe(),
-            rows_per_shard=experiment.store.rows_per_shard,
+            Packing(
+                count=len(source),
+                get=lambda row: view.apply(source.raw(row)),
+                view=view.describe(),
+                classes=source.classes,
+                source=source.describe(),
+                rows_per_shard=experiment.store.rows_per_shard,
+            ),
             again=again,
             progress=advance,
         )

@@ -13,7 +13,7 @@ import pytest
 
 from artifacts import E2kdError, ImageSet, Sample, TeacherRows, open_images
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from artifacts.writer import StoreWriter
 
 SIZE, ROWS, PER_SHARD, CLASSES = 16, 11, 4, 5  # the last shard is short
@@ -41,7 +41,8 @@ def pack(path: Path, get: Callable[[int], Sample] = sample, **changes: Any) -> I
         "source": "random",
         "rows_per_shard": PER_SHARD,
     }
-    write_images(path, get=get, **(settings | changes))
+    calls = {name: changes.pop(name) for name in ("again", "progress") if name in changes}
+    write_images(path, Packing(get=get, **settings | changes), **calls)
     return open_images(path)
 
 

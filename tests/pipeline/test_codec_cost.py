@@ -15,7 +15,7 @@ from torch import nn
 from artifacts import ImageSet, Sample, TeacherRows, TeacherStore, open_images, open_store
 from artifacts.codecs import get_codec
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from artifacts.writer import StoreWriter
 from pipeline.config import AugmentConfig
 from pipeline.explain.gradcam import Explained
@@ -32,12 +32,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     path = tmp_path_factory.mktemp("numbered") / "images"
     write_images(
         path,
-        count=ROWS,
-        get=lambda row: Sample(f"row-{row}", np.full((3, SIDE, SIDE), row, np.uint8), label=0),
-        view={"size": SIDE, "resize": SIDE},
-        classes=["a", "b"],
-        source="numbers",
-        rows_per_shard=32,
+        Packing(
+            count=ROWS,
+            get=lambda row: Sample(f"row-{row}", np.full((3, SIDE, SIDE), row, np.uint8), label=0),
+            view={"size": SIDE, "resize": SIDE},
+            classes=["a", "b"],
+            source="numbers",
+            rows_per_shard=32,
+        ),
     )
     return open_images(path)
 

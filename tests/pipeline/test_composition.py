@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from artifacts import ImageSet, Sample, TeacherRows, TeacherStore, open_images, open_store
 from artifacts.manifest import CodecInfo, ExplainerInfo, ManifestDraft, StoreShape, TeacherInfo
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from artifacts.writer import StoreWriter
 from pipeline.augment.paired import PairedAugment
 from pipeline.config import AugmentConfig, ExplainConfig, StudentConfig
@@ -65,7 +65,8 @@ def pack(folder: Path) -> ImageSet:
 
     view, classes = {"size": SIZE, "resize": "fit"}, list("abcde")
     write_images(
-        folder, count=ROWS, get=sample, view=view, classes=classes, source="coordinates", rows_per_shard=7
+        folder,
+        Packing(count=ROWS, get=sample, view=view, classes=classes, source="coordinates", rows_per_shard=7),
     )
     return open_images(folder)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from artifacts import Sample, open_images
 from artifacts.errors import ConfigError, DataError, Diverged
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from pipeline.config import EvaluateConfig
 from pipeline.data.batches import Answers, Batch, PairedRows
 from pipeline.devices import start
@@ -402,12 +402,14 @@ def test_a_damaged_file_of_samples_is_named(tmp_path: Path) -> None:
 def packed(layout: Layout) -> None:
     write_images(
         layout.images("val"),
-        count=3,
-        get=lambda row: Sample(f"s{row}", np.full((3, SIZE, SIZE), row, np.uint8)),
-        view={"size": SIZE},
-        classes=[],
-        source="test",
-        rows_per_shard=2,
+        Packing(
+            count=3,
+            get=lambda row: Sample(f"s{row}", np.full((3, SIZE, SIZE), row, np.uint8)),
+            view={"size": SIZE},
+            classes=[],
+            source="test",
+            rows_per_shard=2,
+        ),
     )
 
 

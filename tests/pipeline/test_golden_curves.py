@@ -24,7 +24,7 @@ import torch
 from lightning_fabric import Fabric
 
 from artifacts import ImageSet, Sample, open_images
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from pipeline.config import Experiment, ModelConfig, parse
 from pipeline.data.pack import pack
 from pipeline.distill.run import distill
@@ -144,12 +144,14 @@ def pack_squares(layout: Layout) -> None:
 
     write_images(
         layout.images("train"),
-        count=40,
-        get=sample,
-        view={"size": 32},
-        classes=["red", "green", "blue"],
-        source="squares",
-        rows_per_shard=20,
+        Packing(
+            count=40,
+            get=sample,
+            view={"size": 32},
+            classes=["red", "green", "blue"],
+            source="squares",
+            rows_per_shard=20,
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 
 from artifacts import Sample, open_images, open_store, verify_store
 from artifacts.errors import ConfigError
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from pipeline.config import Experiment, parse
 from pipeline.data.batches import PairedRows
 from pipeline.distill.run import distill
@@ -74,12 +74,14 @@ def root(tmp_path_factory: pytest.TempPathFactory, fabric: Fabric) -> Path:
     for split, start, count in (("train", 0, 64), ("val", 64, 24)):
         write_images(
             layout.images(split),
-            count=count,
-            get=lambda row, start=start: squares(start + row),
-            view={"size": 32},
-            classes=["red", "green", "blue"],
-            source="squares",
-            rows_per_shard=20,
+            Packing(
+                count=count,
+                get=lambda row, start=start: squares(start + row),
+                view={"size": 32},
+                classes=["red", "green", "blue"],
+                source="squares",
+                rows_per_shard=20,
+            ),
         )
     teach(Workspace(config(), layout, fabric))
     for split in ("train", "val"):

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from artifacts import ImageSet, Sample, open_images
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from pipeline.config import EvaluateConfig, Experiment
 from pipeline.evaluate.shift import shift_curve
 from pipeline.explain import Explained
@@ -31,12 +31,14 @@ def images(tmp_path: Path) -> ImageSet:
     rng = np.random.default_rng(0)
     write_images(
         tmp_path / "images",
-        count=5,
-        get=lambda row: Sample(f"s{row}", rng.integers(0, 256, (3, 48, 48), np.uint8)),
-        view={"size": 48},
-        classes=[],
-        source="noise",
-        rows_per_shard=5,
+        Packing(
+            count=5,
+            get=lambda row: Sample(f"s{row}", rng.integers(0, 256, (3, 48, 48), np.uint8)),
+            view={"size": 48},
+            classes=[],
+            source="noise",
+            rows_per_shard=5,
+        ),
     )
     return open_images(tmp_path / "images")
 

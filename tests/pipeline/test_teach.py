@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from artifacts import Sample, open_images
 from artifacts.errors import ConfigError, DataError
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from pipeline.config import Experiment
 from pipeline.evaluate.scores import Scores
 from pipeline.order.prepare import prepare_teacher
@@ -55,12 +55,14 @@ def boxed(root: Path, several: bool, **changes: Any) -> Layout:
     for split in ("train", "val"):
         write_images(
             layout.images(split),
-            count=ROWS,
-            get=lambda row: Sample(**{**vars(sample(row, several)), **changes}),
-            view={"size": SIZE},
-            classes=["red", "green", "blue"],
-            source="squares",
-            rows_per_shard=16,
+            Packing(
+                count=ROWS,
+                get=lambda row: Sample(**{**vars(sample(row, several)), **changes}),
+                view={"size": SIZE},
+                classes=["red", "green", "blue"],
+                source="squares",
+                rows_per_shard=16,
+            ),
         )
     return layout
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from artifacts import Sample, open_images
 from artifacts.errors import CheckpointError, ConfigError
-from artifacts.packing import write_images
+from artifacts.packing import Packing, write_images
 from pipeline.config import Schedule
 from pipeline.data.batches import Batch, PairedRows, TrainBatches
 from pipeline.progress import Quiet
@@ -57,7 +57,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PairedRows:
 
     where = tmp_path_factory.mktemp("data") / "train"
     write_images(
-        where, count=ROWS, get=sample, view={"size": SIZE}, classes=["a", "b"], source="x", rows_per_shard=8
+        where,
+        Packing(
+            count=ROWS, get=sample, view={"size": SIZE}, classes=["a", "b"], source="x", rows_per_shard=8
+        ),
     )
     return PairedRows(open_images(where), cache_mib=1)
 
