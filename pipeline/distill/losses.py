@@ -6,16 +6,17 @@ All losses compute in float32, whatever the inputs' precision and autocast; grad
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.augment.warp import resample
 from pipeline.config import StudentConfig
 from pipeline.data.batches import Targets
 from pipeline.explain import maps
-from pipeline.training.labels import label_loss
 
 
 class OfMaps(NamedTuple):
@@ -51,19 +52,18 @@ LossTerms = Callable[[Callable[..., Any], Tensor, Tensor, Targets | None, bool],
 """(student, images, labels, targets, explain) -> `step.loss_terms`, as it is or compiled."""
 
 
-def logit_terms(settings: StudentConfig, explained: Any, labels: Tensor, targets: Targets | None) -> Terms:
-    """What does not need a map, of a student's `Explained`."""
-    logits, prior = explained.logits, getattr(explained, "prior_loss", None)
-    of_labels = None
-    if settings.label_loss is not None:
-        of_labels = label_loss(settings.label_loss, logits, labels)
-    if settings.loss in ("ce", "bce"):
-        assert of_labels is not None
-        return Terms(of_labels, prior=prior)
-    assert targets is not None
+def teacher_loss(settings: StudentConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """(student's logits, teacher's logits) -> L_KD, of one label an image (Eq. 1) or of several."""
     if settings.loss == "l2d":
-        return Terms(multilabel_kd_loss(logits, targets.logits), of_labels, prior)
-    return Terms(kd_loss(logits, targets.logits, settings.temperature), of_labels, prior)
+        return multilabel_kd_loss
+    return partial(kd_loss, temperature=settings.temperature)
+
+
+def resized(maps: Tensor, like: Tensor) -> Tensor:
+    """Maps [B,c,h,w] at the height and width of others, bilinearly."""
+    if maps.shape[-2:] == like.shape[-2:]:
+        return maps
+    return resample(maps, (like.shape[-2], like.shape[-1]))
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,11 @@ class Asked(NamedTuple):
     targets: Targets
     features: Seen | None
 
-    def beside(self, rows: Tensor, epoch: int) -> Beside:
-        assert self.features is not None
-        return Beside(self.features, rows, epoch)
+    def beside(self, student: nn.Module, rows: Tensor, epoch: int) -> Callable[..., Any]:
+        """The student; with a prior method, one that compares its own features with these."""
+        if self.features is None:
+            return student
+        return partial(student, beside=Beside(self.features, rows, epoch))
 
 
 @dataclass(frozen=True)

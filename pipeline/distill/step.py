@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from pipeline.augment.paired import PairedAugment
 from pipeline.augment.rand_augment import rand_augment
-from pipeline.augment.warp import resample
 from pipeline.config import StudentConfig
 from pipeline.data.batches import Batch, Targets
 from pipeline.devices import share_of_valid
-from pipeline.distill.losses import LossTerms, OfMaps, Terms, explanation_loss, logit_terms
+from pipeline.distill.losses import LossTerms, OfMaps, Terms, explanation_loss, resized, teacher_loss
 from pipeline.distill.online import OnlineTeacher
 from pipeline.distill.targets import drawn_targets, mixup
 from pipeline.explain.classes import class_share
+from pipeline.training.labels import label_loss
 from pipeline.training.loop import StepLoss
 
 
@@ -48,7 +48,7 @@ class StudentStep:
         settings, seed = self.settings, self.augment.seed
         explain = settings.explanation_weight > 0 and step % settings.explain_every == 0
 
-        # Draw: which of its explained classes a sample's step is about. Draws are functions of (seed, epoch, key).
+        # Draw: which explained class a sample's step is about. Draws are functions of (seed, epoch, key).
         ids = self.augment.identities(batch.rows)
         share = class_share(seed, epoch, ids)
         targets = None if batch.teacher is None else drawn_targets(batch.teacher, share)
@@ -69,9 +69,7 @@ class StudentStep:
         explainer: Callable[..., Any] = student
         if self.teacher is not None:
             asked = self.teacher.ask(images, share, explain)
-            targets = asked.targets
-            if asked.features is not None:
-                explainer = partial(student, beside=asked.beside(batch.rows, epoch))
+            targets, explainer = asked.targets, asked.beside(student, batch.rows, epoch)
 
         # Explain and lose.
         losses = self.losses or partial(loss_terms, settings)
@@ -86,10 +84,10 @@ class StudentStep:
         if terms.labels is not None:
             total, logged["label_loss"] = total + settings.label_weight * terms.labels, terms.labels
         if terms.explained is not None:
-            explanation = terms.explained.loss * share_of_valid(self.fabric, terms.explained.valid)
+            loss, valid, norm = terms.explained
+            explanation = loss * share_of_valid(self.fabric, valid)
             total = total + settings.explanation_weight * explanation
-            logged |= {"explanation_loss": explanation, "valid_maps": terms.explained.valid}
-            logged["map_norm"] = terms.explained.map_norm
+            logged |= {"explanation_loss": explanation, "valid_maps": valid, "map_norm": norm}
         return StepLoss(total, logged if len(logged) > 1 else {})
 
 
@@ -102,15 +100,20 @@ def loss_terms(
     explain: bool,
 ) -> Terms:
     """One forward pass of the student gives its logits and its map of the very class that the teacher explains."""
+    of_labels, of_maps = None, None
     if not explain:
         explained = student(images, explain=False)
-        return logit_terms(settings, explained, labels, targets)
+    else:
+        assert targets is not None
+        explained = student(images, targets.classes, differentiable=True)
+        loss, valid = explanation_loss(resized(explained.maps, targets.maps), targets.maps)
+        of_maps = OfMaps(loss, valid, explained.maps.detach().flatten(1).norm(dim=1).mean())
+    if settings.label_loss is not None:
+        of_labels = label_loss(settings.label_loss, explained.logits, labels)
+    prior = getattr(explained, "prior_loss", None)
+    if settings.loss in ("ce", "bce"):
+        assert of_labels is not None
+        return Terms(of_labels, prior=prior, explained=of_maps)
     assert targets is not None
-    explained = student(images, targets.classes, differentiable=True)
-    maps = explained.maps
-    if maps.shape[-2:] != targets.maps.shape[-2:]:
-        # compare_at: input
-        maps = resample(maps, (targets.maps.shape[-2], targets.maps.shape[-1]))
-    loss, valid = explanation_loss(maps, targets.maps)
-    norm = explained.maps.detach().flatten(1).norm(dim=1).mean()
-    return logit_terms(settings, explained, labels, targets)._replace(explained=OfMaps(loss, valid, norm))
+    logit_loss = teacher_loss(settings)
+    return Terms(logit_loss(explained.logits, targets.logits), of_labels, prior, of_maps)

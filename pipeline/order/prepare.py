@@ -39,12 +39,11 @@ def prepare_stores(workspace: Workspace, part: Part = WHOLE) -> bool:
             if workspace.experiment.teacher.train and workspace.fabric.broadcast(_needs_teaching(workspace)):
                 teach(workspace)
         teacher = LiveTeacher(workspace)
-        stores = [
-            precompute(workspace, split, teacher, part) for split in workspace.experiment.answered_splits
-        ]
+        complete = True
+        for split in workspace.experiment.answered_splits:
+            complete &= precompute(workspace, split, teacher, part) is not None
         if workspace.fabric.is_global_zero:
             write_atomic(workspace.layout.config, dump(workspace.experiment).encode())
-        complete = None not in stores
         if complete:
             measure(workspace, teacher)
         return complete

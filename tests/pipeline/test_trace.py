@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from artifacts.writer import StoreWriter
-from cli.main import app, run_guarded
+from cli.main import main
 from pipeline.config import Experiment
 from pipeline.distill import losses, step
 from pipeline.precompute import answer
@@ -37,7 +37,7 @@ class Recorder:
     """Puts itself before a function and keeps the stack of its first call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.patch, self.stacks = monkeypatch, {}
+        self.patch = monkeypatch
         self.stacks: dict[str, list[str]] = {}
 
     def watch(self, owner: Any, name: str, label: str) -> None:
@@ -67,11 +67,16 @@ def documented(title: str) -> list[str]:
     return re.findall(r"^\d+\. `([^`]+)`", section[1], re.M)
 
 
-def e2kd(prepared: Layout, experiment: Experiment, verb: str, *more: str) -> None:
+def e2kd(
+    monkeypatch: pytest.MonkeyPatch, prepared: Layout, experiment: Experiment, verb: str, *more: str
+) -> None:
     config = prepared.root.parent / "tiny.yaml"
     config.write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
     arguments = [verb, str(config), "--out", str(prepared.root), *more]
-    assert run_guarded(lambda: app(arguments)) == 0
+    monkeypatch.setattr("sys.argv", ["e2kd", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
 
 
 def test_the_way_to_the_loss(prepared: Layout, experiment_of: Tiny, recorder: Recorder) -> None:
@@ -79,7 +84,7 @@ def test_the_way_to_the_loss(prepared: Layout, experiment_of: Tiny, recorder: Re
     recorder.watch(step, "explanation_loss", "maps")
     students = {"e2kd": {"explanation_weight": 5}}
     experiment = experiment_of(students=students, train__epochs=1, train__rows=32)
-    e2kd(prepared, experiment, "distill", "--no-report")
+    e2kd(recorder.patch, prepared, experiment, "distill", "--no-report")
     for label in ("logits", "maps"):
         stack = recorder.stacks[label]
         assert len(stack) <= 10, stack
@@ -92,6 +97,6 @@ def test_the_way_to_the_loss(prepared: Layout, experiment_of: Tiny, recorder: Re
 def test_the_way_into_the_store(prepared: Layout, experiment_of: Tiny, recorder: Recorder) -> None:
     recorder.watch(answer, "_ask", "asked")
     recorder.watch(StoreWriter, "finish", "finished")
-    e2kd(prepared, experiment_of(store__name="traced"), "precompute")
+    e2kd(recorder.patch, prepared, experiment_of(store__name="traced"), "precompute")
     assert len(recorder.stacks["asked"]) <= 10
     assert documented("Stage 1: to the teacher") == recorder.stacks["asked"]
