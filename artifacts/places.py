@@ -135,7 +135,7 @@ class LocalPlace(Place):
 
     def read(self, name: str) -> bytes:
         file = self.path / name
-        with reading_from(file):
+        with reading_from(file), _no_way_through_a_file():
             return file.read_bytes()
 
     def size(self, name: str) -> int | None:
@@ -170,6 +170,15 @@ class LocalPlace(Place):
         for name in self.sizes():
             if name.endswith(".partial"):
                 sweep(self.path / name)
+
+
+@contextmanager
+def _no_way_through_a_file() -> Iterator[None]:
+    """What would lie below a file is not there."""
+    try:
+        yield
+    except NotADirectoryError as error:
+        raise FileNotFoundError(*error.args, error.filename) from error
 
 
 def _not_listed(error: OSError) -> None:
@@ -310,7 +319,7 @@ class _File(View):
     """A local file, held open. Not mapped into memory: touching a mapped file that became shorter kills the process."""
 
     def __init__(self, file: Path) -> None:
-        with reading_from(file):
+        with reading_from(file), _no_way_through_a_file():
             self._handle = os.open(file, os.O_RDONLY)
         self._file = file
 

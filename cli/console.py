@@ -19,7 +19,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from artifacts.access import writing_to
 from pipeline.progress import Advance
 
 out = Console(highlight=False, soft_wrap=True)
@@ -58,8 +57,7 @@ class SparseProgress:
     """One line at the end of each piece of work, and one every 15 s in between (logs, CI, pipes)."""
 
     def say(self, line: str) -> None:
-        with writing_to("the standard output"):
-            print(line, flush=True)
+        print(line, flush=True)
 
     @contextmanager
     def bar(self, label: str, total: int, unit: str) -> Iterator[Advance]:

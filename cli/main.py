@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from cli.output import flush_output, name_output
+
 if TYPE_CHECKING:
     from artifacts.places import Place
     from pipeline.config import Experiment
@@ -144,7 +146,7 @@ def report(
     dry_run: DryOpt = False,
 ) -> None:
     """A Markdown table over students x splits, and a figure of maps and training curves."""
-    if config.is_dir():
+    if os.path.isdir(config):
         config, out = config / "config.yaml", out or config
     _report(_open(config, set_, out, dry_run))
 
@@ -302,7 +304,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that an ASCII terminal cannot show
-    raise SystemExit(run_guarded(app))
+    name_output()
+    code = run_guarded(app)
+    raise SystemExit(run_guarded(flush_output) or code)
 
 
 def run_guarded(command: Callable[[], object]) -> int:
