@@ -7,6 +7,7 @@ Nothing here imports torch: `e2kd --help` must start at once, so the stages are 
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -212,10 +212,31 @@ def test_all_problems_of_sweeps_in_one_message() -> None:
     assert "veiw: unknown key; did you mean view?" in str(caught.value)
 
 
-def test_a_swept_student_that_is_there_already() -> None:
+def test_a_students_name_is_a_plain_word() -> None:
+    """So that no candidate of a sweep has the name of another student."""
     students = {**SWEPT["students"], "kd,temperature=5": {}}  # type: ignore[dict-item]
-    with pytest.raises(ConfigError, match=r"students\.kd,temperature=5: the sweep of kd makes it too"):
+    with pytest.raises(ConfigError, match=r"students\.kd,temperature=5"):
         parse({**SWEPT, "students": students})
+
+
+def test_a_candidates_folder_has_a_name_that_file_systems_take() -> None:
+    grid = {"augment.hflip": [0.1], "augment.vflip": [0.1]}
+    grid |= {
+        f"augment.{key}": [0.123456789012345] for key in ("brightness", "contrast", "saturation", "translate")
+    }
+    with pytest.raises(ConfigError, match=r"sweep\.kd: the folder kd,.*name of over 200 letters"):
+        parse(
+            {**SWEPT, "sweep": {"kd": grid | {"lr": [0.001234567890123456], "gamma": [0.1234567890123456]}}}
+        )
+
+
+def test_what_only_the_sweep_says_of_a_student_may_be_missing_in_it() -> None:
+    swept = {"kd": {"mode": ["online"], "rand_augment": [5, 9]}}
+    candidates = parse({**SWEPT, "students": {"kd": {"mixup": 0.2}}, "sweep": swept}).candidates
+    assert [(one.settings.mode, one.settings.rand_augment) for one in candidates.values()] == [
+        ("online", 5),
+        ("online", 9),
+    ]
 
 
 def test_a_bad_value_is_told_once_where_the_file_has_it() -> None:
@@ -274,6 +295,7 @@ def test_a_dumped_prior_method_loads_again_and_can_be_swept(method: str) -> None
     experiment = parse(
         {**with_prior(method=method), "evaluate": {"select": "val"}, "sweep": {"s": {"prior.weight": [1, 5]}}}
     )
-    assert [student.prior.weight for student in experiment.students.values() if student.prior] == [1, 5]
+    settings = [candidate.settings for candidate in experiment.candidates.values()]
+    assert [student.prior.weight for student in settings if student.prior] == [1, 5]
     again = parse(yaml.safe_load(dump(experiment)))
     assert again.students == experiment.students
