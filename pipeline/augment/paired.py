@@ -147,7 +147,7 @@ def _params(sequence: Any, seed: int, epoch: int, ids: Ids, canvas: int, column:
 
 
 def _geometry(config: AugmentConfig) -> Any:
-    """Kornia's sequence of the geometric settings, or None where there are none."""
+    """Kornia's sequence of the geometric settings, or None if there are none."""
     children: list[Any] = []
     if _moves(config):
         shift = (config.translate, config.translate) if config.translate else None
@@ -170,7 +170,7 @@ def _moves(config: AugmentConfig) -> bool:
 
 
 def _colour(config: AugmentConfig) -> Any:
-    """Kornia's sequence [ColorJitter, RandomGrayscale], or None where colours stay."""
+    """Kornia's sequence [ColorJitter, RandomGrayscale], or None if colours stay."""
     jitter = (config.brightness, config.contrast, config.saturation, config.hue)
     if not any(jitter) and not config.grayscale:
         return None
@@ -205,7 +205,6 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 def _normalise(backward: Tensor, output: int, canvas: int) -> Tensor:
     """The map of pixel indices, output -> canvas, in half-pixel normalised coordinates: [B,3,3] -> [B,2,3]."""
     linear, shift = backward[:, :2, :2], backward[:, :2, 2]
-    centre = (linear[..., 0] + linear[..., 1]) * (
-        (output - 1) / 2
-    ) + shift  # canvas pixel at the output's middle
+    # canvas pixel at the output's middle
+    centre = (linear[..., 0] + linear[..., 1]) * ((output - 1) / 2) + shift
     return torch.cat([linear * (output / canvas), ((2 * centre + 1) / canvas - 1)[..., None]], dim=-1)

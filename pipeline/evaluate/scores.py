@@ -96,17 +96,17 @@ def teacher_answers_beyond(explainer: Explainer) -> Answer:
 def score(fabric: Fabric, answer: Answer, data: PairedRows, batch_size: int) -> Scores:
     """Means over the split, in 0..1 (map_cosine -1..1); the rows are divided over the processes.
 
-    accuracy, top5      label among the first 1 or 5 classes; only where every row has one label
+    accuracy, top5      label among the first 1 or 5 classes; only if every row has one label
     ece                 expected calibration error, 15 bins of the top-1's probability (Guo et al. 2017); as accuracy
-    f1                  micro F1 of logit >= 0; only where every row is labelled and has several labels
-    agreement           top-1 = teacher's top-1 (paper Eq. 4), also where rows have several labels
-    group_G_accuracy, group_G_agreement, and the worst group's: where rows have groups
+    f1                  micro F1 of logit >= 0; only if every row is labelled and has several labels
+    agreement           top-1 = teacher's top-1 (paper Eq. 4), also if rows have several labels
+    group_G_accuracy, group_G_agreement, and the worst group's: if rows have groups
     epg, iou            of the map against the object, at image size; a dead map counts 0; rows without an annotation do
                         not count. Several labels: of each label's map against the union of its boxes, mean over all
                         (image, label) pairs (Rao et al. 2023); masks do not say whose they are and are not used
     dead                share of dead maps. Read epg beside it: a metric that skips dead maps rewards collapse
     map_cosine          cosine to the teacher's map of the same class, at the student's resolution; dead maps count 0;
-                        only where both are explained alike
+                        only if both are explained alike
     """
     mine = data.rows[fabric.global_rank :: fabric.world_size]
     # a process without rows must still know every name, or the others wait for it for ever
@@ -198,7 +198,7 @@ def _localised_by_label(answer: Answer, images: Tensor, batch: Batch) -> Samples
 
 
 def _asked_labels(labels: Tensor) -> Tensor:
-    """The labels whose maps are asked for, ascending: i64 [B, the most of any sample], -1 where a sample has fewer."""
+    """The labels whose maps are asked for, ascending: i64 [B, the most of any sample], -1 if a sample has fewer."""
     present = labels > 0
     first, classes = present.byte().sort(dim=1, descending=True, stable=True)
     return torch.where(first > 0, classes, -1)[:, : int(present.sum(1).max())]
@@ -239,7 +239,7 @@ def _summary(samples: Samples) -> dict[str, float]:
 
 
 def _over_labels(samples: Samples) -> dict[str, float]:
-    """Means over all (image, label) pairs, from the images' own means; nothing where no label was localised."""
+    """Means over all (image, label) pairs, from the images' own means; nothing if no label was localised."""
     times = samples["localised"].double()
     sums = {name: float((samples[name].double().nan_to_num() * times).sum()) for name in ("epg", "iou")}
     return {name: value / float(times.sum()) for name, value in sums.items() if times.any()}

@@ -12,7 +12,7 @@ from pipeline.augment.counter import CLASS_COLUMN, Ids, uniform
 def positive_classes(logits: Tensor, most: int) -> Tensor:
     """The classes with a logit above 0, the highest first, at most `most`, and at least the top-1: i64 [B,most].
 
-    Logits [B,C]. -1 where a sample has fewer.
+    Logits [B,C]. -1 if a sample has fewer.
     """
     values, classes = logits.topk(min(most, logits.shape[1]), dim=1)
     positive = values > 0

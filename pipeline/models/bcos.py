@@ -103,9 +103,8 @@ def _convolutional(name: str, classes: int, width: int) -> nn.Module:
 
 def _small(width: int, settings: dict[str, Any]) -> nn.Module:
     net = resnet.BcosResNet(resnet.BasicBlock, [1, 1, 1], inplanes=width, small_inputs=True, **settings)
-    net.conv1 = BcosConv2d(
-        6, width, 3, stride=2, padding=1
-    )  # the package's has stride 1: four times the cost
+    # the package's has stride 1: four times the cost
+    net.conv1 = BcosConv2d(6, width, 3, stride=2, padding=1)
     return net
 
 

@@ -62,7 +62,7 @@ def constant_in_backward() -> Iterator[None]:
 
 @contextmanager
 def constant_in_forward() -> Iterator[None]:
-    """Forward passes inside detach every held tensor: the same W(x), cheaper, where nothing is trained."""
+    """Forward passes inside detach every held tensor: the same W(x), cheaper, if nothing is trained."""
     global _constant_in_forward
     before, _constant_in_forward = _constant_in_forward, True
     try:
@@ -90,7 +90,7 @@ def logits_and_pull(net: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor
 
 
 def compilable(net: nn.Module, x: Tensor) -> Tensor:
-    """net(x) for `torch.compile`, where nobody asks for W(x): held tensors are ordinary ones."""
+    """net(x) for `torch.compile`, if nobody asks for W(x): held tensors are ordinary ones."""
     return _recording(net, x)[0]
 
 
@@ -145,7 +145,7 @@ def hold_layers(net: N) -> N:
     """Turn the package's layers inside `net` into those of this module, in place: same parameters, buffers,
     state dict and logits.
 
-    Raises ModelError where `net` has no B-cos layer, or one with weights that depend on the input in a way
+    Raises ModelError if `net` has no B-cos layer, or one with weights that depend on the input in a way
     that is not known here.
     """
     layers = [module for module in net.modules() if hasattr(module, "set_explanation_mode")]
@@ -166,9 +166,8 @@ def hold_layers(net: N) -> N:
         )
     for layer in layers:
         layer.__class__ = _HELD.get(type(layer), type(layer))
-        layer.__dict__.pop(
-            "_get_name", None
-        )  # the package's NoBias leaves a closure, which no pickle can hold
+        # the package's NoBias leaves a closure, which no pickle can hold
+        layer.__dict__.pop("_get_name", None)
     return net
 
 

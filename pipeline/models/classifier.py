@@ -85,9 +85,8 @@ class Classifier(nn.Module):
         """Columns of the logits, from a pass on the meta device: shapes only, nothing computed or changed."""
         tensors = chain(self.named_parameters(), self.named_buffers())
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-        size = getattr(self.net, "pretrained_cfg", {}).get(
-            "input_size", (3, 224, 224)
-        )  # timm's fixed-size nets
+        # timm's fixed-size nets
+        size = getattr(self.net, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
         dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
         with torch.no_grad():
             logits = functional_call(self, shapes, (torch.empty(2, *size, dtype=dtype, device="meta"),))

@@ -78,7 +78,8 @@ def fetch(url: str) -> dict[str, Tensor]:
     """
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     try:
-        with redirect_stdout(sys.stderr):  # where torch says that it downloads
+        # torch says on stdout that it downloads
+        with redirect_stdout(sys.stderr):
             stored = torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )

@@ -59,7 +59,7 @@ def build(config: ModelConfig, classes: int = 1000) -> Classifier | BCosClassifi
 def start_from(model: Classifier | BCosClassifier, config: ModelConfig, origin: str) -> None:
     """Give `model`, built from `config`, the weights of `origin` (as `ModelConfig.weights`) to be trained further.
 
-    Tensors of another shape, a head for other classes, keep their random start. Raises ModelError where the rest does
+    Tensors of another shape, a head for other classes, keep their random start. Raises ModelError if the rest does
     not fit.
     """
     if Path(origin).expanduser().is_file():

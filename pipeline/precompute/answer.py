@@ -80,7 +80,7 @@ def _ask(
 def _explain_more(
     explainer: nn.Module, images: torch.Tensor, classes: torch.Tensor, first: torch.Tensor
 ) -> torch.Tensor:
-    """The maps [B,K,c,h,w] of all explained classes [B,K], given those of the first; zero where a class is -1."""
+    """The maps [B,K,c,h,w] of all explained classes [B,K], given those of the first; zero if a class is -1."""
     maps = first.new_zeros(len(first), classes.shape[1], *first.shape[1:])
     maps[:, 0] = first
     for place in range(1, classes.shape[1]):

@@ -57,7 +57,7 @@ def codec_cost(
 
 
 def tell(cost: dict[str, Any]) -> str:
-    """One line, and a second one where the codec does not keep its word."""
+    """One line, and a second one if the codec distorts the maps more than it promises."""
     line = (
         f"codec cost: maps {cost['maps']}, cosine {cost['whole']['mean']:.4f} whole, "
         f"{cost['augmented']['mean']:.4f} augmented (1% below {cost['augmented']['p1']:.4f}); "

@@ -21,7 +21,7 @@ def freezing_gap(
 ) -> dict[str, dict[str, float]]:
     """Cosine between the warped stored map and the live map of the warped image, for crop, flip and both.
 
-    Returns {"crop" | "flip" | "both": {"mean": -1..1, "p1": 1st percentile, "images": n}}. Samples where either map
+    Returns {"crop" | "flip" | "both": {"mean": -1..1, "p1": 1st percentile, "images": n}}. Samples of which either map
     is dead are left out, as the explanation loss leaves them out.
     """
     rows = sample_rows(images)

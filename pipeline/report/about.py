@@ -52,9 +52,8 @@ def settings_table(results: Results) -> Table:
     """The settings in which the methods differ; what all share is in config.yaml."""
     flat = [_in_use(results.settings(method)) for method in results.methods]
     every = dict.fromkeys(key for settings in flat for key in settings)
-    flat = [
-        {key: value for key, value in settings.items() if value is not None} for settings in flat
-    ]  # prior: null beside prior.method
+    # prior: null beside prior.method
+    flat = [{key: value for key, value in settings.items() if value is not None} for settings in flat]
     differing = [key for key in every if len({str(settings.get(key)) for settings in flat}) > 1]
     shown = list(dict.fromkeys(("loss", "mode", "temperature", "explanation_weight", "epochs", *differing)))
     names = {"explanation_weight": "lambda", "temperature": "T"}

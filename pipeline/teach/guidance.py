@@ -56,7 +56,7 @@ def guided_classes(labels: Tensor, ids: Ids, seed: int, epoch: int) -> Tensor:
     """The class whose map is guided in this step: i64 [B] on the labels' device.
 
     Labels i64 [B]: themselves. Labels float [B,C] of 0 and 1: one of each image's classes, all equally likely, a pure
-    function of (seed, epoch, the sample's id); 0 where an image has none.
+    function of (seed, epoch, the sample's id); 0 if an image has none.
     """
     if not labels.is_floating_point():
         return labels

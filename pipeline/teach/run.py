@@ -107,7 +107,7 @@ def _keep_within(run: Run, front: ParetoFront | None, settings: TeachConfig) -> 
 
 
 def _check_labels(images: ImageSet, settings: TeachConfig) -> None:
-    """Raises DataError or ConfigError where labels and settings do not go together."""
+    """Raises DataError or ConfigError if labels and settings do not go together."""
     labels, guide = images.labels, settings.guide
     if any(label is None for label in labels):
         raise DataError(

@@ -34,12 +34,12 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Finished and scored; where `result.json` is gone the run is scored again, from its checkpoint."""
+        """Finished and scored; if `result.json` is gone, the run is scored again, from its checkpoint."""
         return (self.path / "done").exists() and (self.path / "result.json").exists()
 
     @property
     def diverged(self) -> str | None:
-        """Why the run ended without a result, for the settings that it was begun with; None where it did not."""
+        """Why the run ended without a result, for the settings that it was begun with; None if it did not."""
         file = self.path / "diverged"
         return self._text("diverged") if file.exists() else None
 
@@ -48,7 +48,7 @@ class Run:
         return any((self.path / name).exists() for name in ("done", "state.pt"))
 
     def open(self, settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
-        """Begin or continue the run. Raises ConfigError where it was begun with other settings.
+        """Begin or continue the run. Raises ConfigError if it was begun with other settings.
 
         `defaults`: of settings that the run's own file does not name, since they are newer than the run.
         """
@@ -66,8 +66,8 @@ class Run:
         self._refuse({key: (old.get(key), new.get(key)) for key in {**old, **new}})
 
     def differing(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Dotted key -> (run's value, value in `settings`) where they differ; keys that only one of them has are left
-        out. Nothing where the run was not begun."""
+        """Dotted key -> (run's value, value in `settings`) if they differ; keys that only one of them has are left
+        out. Nothing if the run was not begun."""
         known = self.path / "config.yaml"
         if not self._begun or not known.exists():
             return {}
@@ -75,7 +75,7 @@ class Run:
         return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
 
     def _settings(self) -> Any:
-        """What the run was begun with. Raises CheckpointError where the file is damaged."""
+        """What the run was begun with. Raises CheckpointError if the file is damaged."""
         file = self.path / "config.yaml"
         try:
             return yaml.safe_load(self._text("config.yaml"))
@@ -90,7 +90,7 @@ class Run:
             return (self.path / name).read_text()
 
     def check(self, settings: dict[str, Any]) -> None:
-        """Raises ConfigError where the run was begun with other values of these settings."""
+        """Raises ConfigError if the run was begun with other values of these settings."""
         self._refuse(self.differing(settings))
 
     def _refuse(self, pairs: dict[str, tuple[Any, Any]]) -> None:
@@ -163,7 +163,7 @@ class Run:
         self.write("done", b"")
 
     def result(self) -> dict[str, Any]:
-        """Raises CheckpointError where the file is damaged."""
+        """Raises CheckpointError if the file is damaged."""
         file = self.path / "result.json"
         try:
             loaded: dict[str, Any] = json.loads(self._text("result.json"))
