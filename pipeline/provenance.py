@@ -23,31 +23,32 @@ from artifacts.manifest import (
     TeacherInfo,
     differing_values,
 )
+from artifacts.places import place
 from artifacts.records import MEND, mismatch, read_record, write_record
 from pipeline.config import Experiment, ExplainConfig
 from pipeline.explain import by_name
 from pipeline.workspace import Workspace
 
 FILE = "teacher.json"
+SEEN = "teacher-weights.json"
 WEIGHTS = "teacher.safetensors"
 """A taught teacher's weights, beside stores that other folders and machines use (`artifacts: URL`)."""
 
 
-class WeightsFile(Record):
-    """A file of weights as it was when they were hashed."""
+class SeenWeights(Record):
+    """In an experiment's own folder: a file of weights as it was when its network was hashed."""
 
-    path: str
     bytes: int
     mtime_ns: int
+    weights_sha256: str
 
 
 class TeacherRecord(Record):
     """The teacher of an experiment's stores.
 
-    config          the config's section `teacher`
+    config          the config's section `teacher`, with the bare names of the files that it names
     weights_sha256  of its network's state dict (`models.weights_sha256`)
     map_size        height and width of its maps of square images of `image_size` px
-    file            the file that the weights were read from; None for published weights
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -57,7 +58,6 @@ class TeacherRecord(Record):
     classes: int
     image_size: int
     map_size: tuple[int, int]
-    file: WeightsFile | None
 
 
 def class_count(experiment: Experiment, images: ImageSet) -> int:
@@ -110,15 +110,12 @@ def read_teacher(workspace: Workspace) -> TeacherRecord | None:
 
 
 def write_teacher(workspace: Workspace, record: TeacherRecord) -> None:
-    """Record the teacher, unless what is there says the same: of other machines only the file's state may differ.
-
-    Raises MismatchedStore if stores of other weights lie there.
-    """
+    """Record the teacher. Raises MismatchedStore if stores of other weights lie there."""
     known = read_teacher(workspace)
     if known is not None and known.weights_sha256 != record.weights_sha256 and _any_store(workspace):
         weights = {"teacher.weights_sha256": (known.weights_sha256, record.weights_sha256)}
         raise mismatch(workspace.beside_stores, weights)
-    if known is None or known.model_copy(update={"file": record.file}) != record:
+    if known != record:
         write_record(workspace.beside_stores, FILE, record)
 
 
@@ -136,16 +133,38 @@ def check_teacher(workspace: Workspace, record: TeacherRecord) -> None:
 
 
 def described(experiment: Experiment) -> dict[str, Any]:
-    """What the config says of the teacher."""
-    return experiment.teacher.model_dump(mode="json")
+    """What the config says of the teacher. Of a file of weights its name: folders are another machine's business."""
+    said = experiment.teacher.model_dump(mode="json")
+    train = said["train"] and {**said["train"], "init": _name(said["train"]["init"])}
+    return {**said, "weights": _name(said["weights"]), "train": train}
 
 
-def as_now(path: Path | None) -> WeightsFile | None:
-    """A file of weights as it is on the disk; None if it is not there."""
-    if path is None or not path.is_file():
-        return None
-    state = path.stat()
-    return WeightsFile(path=str(path), bytes=state.st_size, mtime_ns=state.st_mtime_ns)
+def _name(weights: str | None) -> str | None:
+    return None if weights is None else Path(weights).name
+
+
+def see_weights(workspace: Workspace, file: Path | None, weights_sha256: str) -> None:
+    """Note what a file of weights was when its network was hashed."""
+    if file is not None and file.is_file():
+        state = file.stat()
+        seen = SeenWeights(bytes=state.st_size, mtime_ns=state.st_mtime_ns, weights_sha256=weights_sha256)
+        write_record(place(workspace.layout.root), SEEN, seen)
+
+
+def has_seen_weights(workspace: Workspace, file: Path | None, weights_sha256: str) -> bool:
+    """Whether a file of weights is as it was when its network was hashed, or is not here to be looked at."""
+    if file is None or not file.is_file():
+        return True
+    try:
+        seen = read_record(place(workspace.layout.root), SEEN, SeenWeights)
+    except (FileNotFoundError, E2kdError):
+        return False
+    state = file.stat()
+    return (seen.bytes, seen.mtime_ns, seen.weights_sha256) == (
+        state.st_size,
+        state.st_mtime_ns,
+        weights_sha256,
+    )
 
 
 def expected(experiment: Experiment, record: TeacherRecord, images: ImageSet) -> ManifestDraft:

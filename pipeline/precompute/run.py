@@ -13,8 +13,10 @@ from pipeline.provenance import (
     WEIGHTS,
     described,
     expected,
+    has_seen_weights,
     matching_store,
     read_teacher,
+    see_weights,
     write_teacher,
 )
 from pipeline.sharing import WHOLE, Part
@@ -46,8 +48,7 @@ def precompute(
 def _known(workspace: Workspace, split: str, images: ImageSet) -> bool:
     """Whether records say that the store is finished and this teacher's, whose weights' file has not changed since."""
     record = read_teacher(workspace)
-    now = weights_file(workspace)
-    if record is None or now not in (None, record.file):
+    if record is None or not has_seen_weights(workspace, weights_file(workspace), record.weights_sha256):
         return False
     try:
         matching_store(workspace, split, images)
@@ -98,6 +99,7 @@ def _finished(workspace: Workspace, split: str, writer: StoreWriter, part: Part)
 def _record(workspace: Workspace, teacher: LiveTeacher) -> None:
     """Write beside the stores whose they are; a taught teacher's weights too, if other folders share the stores."""
     write_teacher(workspace, teacher.record)
+    see_weights(workspace, weights_file(workspace), teacher.record.weights_sha256)
     if workspace.experiment.teacher.train and workspace.layout.shared:
         beside, known = workspace.beside_stores, read_teacher(workspace)
         assert known is not None

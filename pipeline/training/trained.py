@@ -13,15 +13,7 @@ from pipeline import explain as explainers
 from pipeline.config import ExplainConfig
 from pipeline.explain import Explainer
 from pipeline.models import Explainable, build, fill, load_weights, weights_sha256
-from pipeline.provenance import (
-    WEIGHTS,
-    TeacherRecord,
-    WeightsFile,
-    as_now,
-    class_count,
-    described,
-    read_teacher,
-)
+from pipeline.provenance import WEIGHTS, TeacherRecord, class_count, described, read_teacher
 from pipeline.training.keep import kept_weights
 from pipeline.training.run import Run
 from pipeline.workspace import Workspace
@@ -46,12 +38,12 @@ def teacher_weights(workspace: Workspace) -> Path:
     return kept_weights(Run(workspace.layout.teacher), train.keep)
 
 
-def weights_file(workspace: Workspace) -> WeightsFile | None:
-    """The file that the teacher's weights come from, as it is now; None if it is not here, or published."""
+def weights_file(workspace: Workspace) -> Path | None:
+    """The file that the teacher's weights come from; None if a taught teacher is not here. It may not be there."""
     teacher = workspace.experiment.teacher
     if teacher.train:
-        return as_now(teacher_weights(workspace) if Run(workspace.layout.teacher).done else None)
-    return as_now(Path(str(teacher.weights)).expanduser())
+        return teacher_weights(workspace) if Run(workspace.layout.teacher).done else None
+    return Path(str(teacher.weights)).expanduser()
 
 
 def has_weights(workspace: Workspace) -> bool:
@@ -99,7 +91,6 @@ class LiveTeacher:
             classes=net.classes,
             image_size=size,
             map_size=self.explainer.map_size(size),
-            file=weights_file(self._workspace),
         )
 
     @cached_property

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from artifacts.errors import ConfigError, Diverged
 from pipeline.augment.warp import resample
 from pipeline.config import Experiment
-from pipeline.distill import losses
+from pipeline.distill import step
 from pipeline.distill.run import distill
 from pipeline.training.run import Run
 from pipeline.workspace import Layout, Workspace
@@ -168,13 +168,13 @@ def test_maps_compared_at_the_images_size(
 ) -> None:
     """The authors' comparison: both maps brought to the images' size, bilinearly, before the cosine."""
     seen = []
-    real = losses.explanation_loss
+    real = step.explanation_loss
 
     def spy(maps: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append((maps.shape, targets.shape))
         return real(maps, targets)
 
-    monkeypatch.setattr(losses, "explanation_loss", spy)
+    monkeypatch.setattr(step, "explanation_loss", spy)
     _train(experiment_of(explain__compare_at="input", train__epochs=1), prepared, fabric, student)
     assert set(seen) == {((16, 1, 48, 48), (16, 1, 48, 48))}
 

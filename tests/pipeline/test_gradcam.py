@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -78,17 +77,18 @@ class Anywhere(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 5)
+        self.pretrained_cfg = {"input_size": (3, 8, 8)}
 
-    def features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:
         return self.layer(images).relu()
 
-    def head(self, features: Tensor) -> Tensor:
+    def forward_head(self, features: Tensor) -> Tensor:
         return self.linear(features.flatten(1))
 
 
 def test_a_gradient_that_differs_between_places_counts_by_its_mean() -> None:
     torch.manual_seed(0)
-    model: Any = Anywhere().double()
+    model = classifier(Anywhere()).double()
     expected, out = plain_gradcam(model, images(8)), explainers.GradCAM(model)(images(8))
     assert (out.maps.amax((1, 2, 3)) > 0).all()
     torch.testing.assert_close(out.maps, expected.maps.detach(), rtol=1e-10, atol=1e-14)

@@ -189,7 +189,8 @@ def test_a_sweep_with_two_jobs(
     assert code == 0, said
     runs = {str(file.parent.relative_to(prepared.runs)) for file in prepared.runs.rglob("done")}
     scores = {
-        name: Run(prepared.run(name, 0)).result()["splits"]["val"]["accuracy"] for name in experiment.students
+        name: Run(prepared.run(name, 0)).result()["splits"]["val"]["accuracy"]
+        for name in experiment.candidates
     }
     best = max(scores, key=scores.__getitem__)
     assert runs == {"kd,temperature=1/seed-0", "kd,temperature=5/seed-0", f"{best}/seed-1"}

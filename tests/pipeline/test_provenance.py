@@ -124,6 +124,24 @@ def test_stores_without_a_record_are_recorded_by_stage_1(
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
+def test_a_record_names_no_folder_and_fits_the_same_file_elsewhere(
+    fabric: Fabric, experiment_of: Tiny, tmp_path: Path
+) -> None:
+    """Two machines with the weights in folders of their own share the stores."""
+    experiments = []
+    for name in ("here", "there"):
+        file = tmp_path / name / "weights.safetensors"
+        file.parent.mkdir()
+        torch.manual_seed(0)
+        save_weights(build(ModelConfig(model="toy/resnet", width=4), 2), file)
+        teacher = {"model": "toy/resnet", "width": 4, "weights": str(file)}
+        experiments.append(experiment_of(teacher=teacher, artifacts=str(tmp_path / "shared")))
+    for name, experiment in zip(("a", "b"), experiments, strict=True):
+        workspace = Workspace(experiment, Layout(tmp_path / name, experiment.artifacts), fabric)
+        prepare_stores(workspace)
+        assert str(tmp_path) not in workspace.beside_stores.read(FILE).decode()
+
+
 def test_a_file_that_was_written_again_is_looked_at_again(
     prepared: Layout, fabric: Fabric, experiment_of: Tiny
 ) -> None:

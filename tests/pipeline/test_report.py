@@ -154,7 +154,7 @@ def test_a_report_without_stores_images_and_histories_is_a_report(
 def test_what_scores_of_several_labels_mean_is_said(metric: str, layout: Layout, experiment_of: Tiny) -> None:
     run = Run(finish(layout, "kd", 0, {metric: 0.5, "iou": 0.25}))
     for epoch in range(2):
-        run.log({"epoch": epoch, "loss": 1.0, "val_iou": 0.1 * epoch})
+        run.log([{"epoch": epoch, "loss": 1.0, "val_iou": 0.1 * epoch}])
     report(Workspace(experiment_of(), layout))
     page = (layout.report / "report.md").read_text()
     assert ("Images have several labels" in page) == (metric == "f1")
@@ -257,10 +257,12 @@ def test_a_swept_method_is_compared_with_its_own_best_baseline(layout: Layout, e
 
 
 def test_the_candidates_of_a_sweep_and_the_chosen_one_are_listed(layout: Layout, experiment_of: Tiny) -> None:
-    finish(layout, "e2kd", 0, {"accuracy": 0.5})
-    results = Results(Workspace(experiment_of(), layout))
+    grid = {"e2kd": {"temperature": [1, 5]}}
+    experiment = experiment_of(students={"e2kd": {"explanation_weight": 5}}, sweep=grid)
+    results = Results(Workspace(experiment, layout))
     names = ("e2kd,temperature=1", "e2kd,temperature=5")
-    (method,) = results.methods
+    (method,) = results.all_methods
+    assert [candidate.student for candidate in method.candidates] == list(names)
     swept = replace(
         method, student=names[1], candidates=(Candidate(names[0], None), Candidate(names[1], 0.5))
     )

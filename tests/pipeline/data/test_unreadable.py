@@ -82,7 +82,7 @@ def pack(root: Path, split: str, progress: Progress, **settings: Any) -> list[st
 
 def test_they_are_left_out_named_and_counted(root: Path) -> None:
     told = Told()
-    keys = pack(Workspace(root, "train", progress=told))
+    keys = pack(root, "train", told)
     expected = {f"train--{name}--{i}" for name in ("n1", "n2") for i in range(6)}
     assert set(keys) == expected - {"train--n1--2", "train--n2--4"}
     assert told.counts["check train"] == 12
@@ -117,15 +117,15 @@ def test_the_finding_is_kept_for_the_other_split_and_for_a_resumed_pack(root: Pa
 
 def test_a_split_without_bad_images_says_nothing(root: Path) -> None:
     told = Told()
-    assert len(pack(Workspace(root, "test", progress=told))) == 4
+    assert len(pack(root, "test", told)) == 4
     assert told.lines == []
     assert json.loads((root.parent / "out/images/unreadable-test.json").read_text())["unreadable"] == {}
 
 
 def test_a_finished_set_is_checked_quietly(root: Path) -> None:
-    pack(Workspace(root, "train"))
+    pack(root, "train", Quiet())
     told = Told()
-    pack(Workspace(root, "train", progress=told))
+    pack(root, "train", told)
     assert told.lines == []
 
 
@@ -152,13 +152,13 @@ def repair(root: Path) -> None:
 
 
 def test_a_repaired_image_of_the_same_size_is_packed_anew(root: Path) -> None:
-    pack(Workspace(root, "train"))
+    pack(root, "train", Quiet())
     repair(root)
     (root.parent / "out/images/train/index.json").unlink()
-    assert "train--n1--2" not in pack(Workspace(root, "train"))  # the same packing goes on
+    assert "train--n1--2" not in pack(root, "train", Quiet())  # the same packing goes on
     shutil.rmtree(root.parent / "out/images/train")
     told = Told()
-    assert "train--n1--2" in pack(Workspace(root, "train", progress=told))
+    assert "train--n1--2" in pack(root, "train", told)
     assert told.lines[-1].startswith("1 of 12 images of train cannot be read")
     kept = json.loads((root.parent / "out/images/unreadable-train.json").read_text())
     assert set(kept["unreadable"]) == {"train/n2/4.jpg"}
@@ -180,7 +180,7 @@ def test_a_class_without_a_readable_image_is_named(root: Path) -> None:
     for file in (root / "train/n2").iterdir():
         file.write_bytes(b"")
     with pytest.raises(DataError, match=r"no image of class n2 in train of .*set can be read; replace them"):
-        pack(Workspace(root, "train"))
+        pack(root, "train", Quiet())
 
 
 @pytest.mark.parametrize("source", ["imagenet", "folder"])
@@ -202,7 +202,7 @@ def test_a_split_of_unreadable_images_only(root: Path) -> None:
     for file in (root / "val").rglob("*.jpg"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match=r"split test of .* has no readable images"):
-        pack(Workspace(root, "test"))
+        pack(root, "test", Quiet())
 
 
 def test_masks_are_read_too_and_the_warning_filters_are_left_alone(tmp_path: Path) -> None:
