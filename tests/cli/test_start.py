@@ -13,7 +13,7 @@ import pytest
 
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError, JobsFailed, MismatchedStore, WriteError
-from cli.main import run_guarded
+from cli.main import app, run_guarded
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,7 @@ def test_a_bug_exits_1_with_its_traceback() -> None:
     [
         (["pack", "configs/toybird.yaml"], "did you mean"),
         (["distill", "configs/toybirds.yaml", "--set", "train.epoch=1"], "did you mean epochs?"),
-        (["distill", "configs/toybirds.yaml", "--student", "e3kd"], "no student e3kd"),
         (["distill", "configs/toybirds.yaml", "--out", "README.md"], "cannot write README.md"),
-        (["distill", "configs/toybirds.yaml", "--out", "README.md/x"], "cannot write README.md/x"),
         (["dance"], "No such command"),
     ],
 )
@@ -99,6 +97,20 @@ def test_mistakes_exit_2(arguments: list[str], message: str) -> None:
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--student", "e3kd"], "no student e3kd"), (["--out", "README.md/x"], "cannot write README.md/x")],
+)
+def test_mistakes_that_need_torch_are_a_sentence_too(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: another one would import torch first."""
+    assert run_guarded(lambda: app(["distill", "configs/toybirds.yaml", *arguments])) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
 
 
 def test_names_that_the_terminal_cannot_show_are_escaped() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,35 +88,40 @@ class _Killed(BaseException):
 @pytest.fixture
 def compare_killed_run(
     fabric: Fabric, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Experiment, Layout, str, int], None]:
-    """(experiment, layout, student, step): killed in that step and resumed, the run ends bit for bit as in one go."""
+) -> Callable[[Experiment, Layout, str, Sequence[int]], None]:
+    """(experiment, layout, student, steps): killed in one of the steps and resumed, the run ends bit for bit as in one
+    go."""
 
-    def compare(experiment: Experiment, layout: Layout, student: str, step: int) -> None:
+    def compare(experiment: Experiment, layout: Layout, student: str, steps: Sequence[int]) -> None:
         def train() -> None:
             distill.distill(Workspace(experiment, layout, fabric), student, 1)
 
-        train()
-        whole = layout.run(student, 1).rename(layout.root / "whole")
-        calls, real = iter(range(1000)), distill.StudentStep.__call__
+        def train_and_die(step: int) -> None:
+            calls, real = iter(range(1000)), distill.StudentStep.__call__
 
-        def dies(self: object, *args: object) -> object:
-            if next(calls) == step:
-                raise _Killed
-            return real(self, *args)  # type: ignore[arg-type]
+            def dies(self: object, *args: object) -> object:
+                if next(calls) == step:
+                    raise _Killed
+                return real(self, *args)  # type: ignore[arg-type]
 
-        with monkeypatch.context() as patched:
-            patched.setattr(distill.StudentStep, "__call__", dies)
-            with pytest.raises(_Killed):
-                train()
-        resumed = layout.run(student, 1)
-        began = _hours_later(Run(resumed))
-        torch.manual_seed(12345)  # whatever happened in between
+            with monkeypatch.context() as patched:
+                patched.setattr(distill.StudentStep, "__call__", dies)
+                with pytest.raises(_Killed):
+                    train()
+
         train()
-        assert Run(resumed).result()["seconds"]["train"] >= began - 0.1
-        for file in whole.glob("*.safetensors"):
-            a, b = load_file(file), load_file(resumed / file.name)
-            assert all(torch.equal(a[key], b[key]) for key in a), file
-        assert _history(whole) == _history(resumed)
+        whole, resumed = layout.run(student, 1).rename(layout.root / "whole"), layout.run(student, 1)
+        for step in steps:
+            train_and_die(step)
+            began = _hours_later(Run(resumed))
+            torch.manual_seed(12345)  # whatever happened in between
+            train()
+            assert Run(resumed).result()["seconds"]["train"] >= began - 0.1
+            for file in whole.glob("*.safetensors"):
+                a, b = load_file(file), load_file(resumed / file.name)
+                assert all(torch.equal(a[key], b[key]) for key in a), (step, file)
+            assert _history(whole) == _history(resumed), step
+            shutil.rmtree(resumed)
 
     return compare
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,11 @@ def test_killed_and_resumed_is_bit_identical(
     bcos_root: Path,
     tmp_path: Path,
     experiment_of: Tiny,
-    compare_killed_run: Callable[[Experiment, Layout, str, int], None],
+    compare_killed_run: Callable[[Experiment, Layout, str, Sequence[int]], None],
 ) -> None:
     layout = Layout(Path(shutil.copytree(bcos_root, tmp_path / "bcos")))
     experiment = experiment_of(**{**BCOS, "train": {**BCOS["train"], "epochs": 3}})
-    compare_killed_run(experiment, layout, student, 4)
+    compare_killed_run(experiment, layout, student, [4])
 
 
 def test_the_whole_pipeline(bcos_root: Path, experiment_of: Tiny, fabric: Fabric) -> None:

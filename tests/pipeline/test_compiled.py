@@ -113,11 +113,15 @@ def test_labels_beside_the_teacher_compile_too(fabric: Fabric) -> None:
 
 
 @pytest.mark.parametrize(
-    ("logit", "explain"),
-    [("raw", True), ("centred", True), ("raw", False)],
-    ids=["explained", "centred", "kd"],
+    ("model", "logit", "explain"),
+    [
+        ("toy/resnet", "raw", True),
+        ("toy/resnet", "centred", True),
+        ("toy/resnet", "raw", False),
+        ("bcos/small", "centred", True),
+        ("bcos/small", "raw", False),
+    ],
 )
-@pytest.mark.parametrize("model", MODELS)
 def test_as_one_graph_it_is_the_eager_step(model: str, logit: str, explain: bool, fabric: Fabric) -> None:
     check(model, logit, explain, fabric, "aot_eager")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -350,9 +350,9 @@ def test_killed_and_resumed_is_bit_identical(
     name: str,
     prepared: Layout,
     experiment_of: Tiny,
-    compare_killed_run: Callable[[Experiment, Layout, str, int], None],
+    compare_killed_run: Callable[[Experiment, Layout, str, Sequence[int]], None],
 ) -> None:
-    compare_killed_run(experiment_of(students=STUDENTS), prepared, name, 5)
+    compare_killed_run(experiment_of(students=STUDENTS), prepared, name, [5])
 
 
 def test_frozen_students_have_no_features_to_compare(experiment_of: Tiny) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,71 +24,86 @@ from pipeline.workspace import CODEC_COST, FREEZING_GAP, SHIFT_CURVE, Layout, Wo
 Tiny = Callable[..., Experiment]
 
 
+@pytest.fixture(scope="module")
+def trained_root(
+    prepared_root: Path, tmp_path_factory: pytest.TempPathFactory, experiment_of: Tiny, fabric: Fabric
+) -> Path:
+    root = shutil.copytree(prepared_root, tmp_path_factory.mktemp("trained") / "tiny")
+    _trained(_once(experiment_of), Layout(root), fabric)
+    return root
+
+
+@pytest.fixture
+def trained(trained_root: Path, tmp_path: Path) -> Layout:
+    """`prepared`, and the student of `_once` is done: a copy to change."""
+    return Layout(Path(shutil.copytree(trained_root, tmp_path / "tiny")))
+
+
+def _once(experiment_of: Tiny, **changes: Any) -> Experiment:
+    return experiment_of(**{"train__epochs": 1, "train__rows": 32, "students": {"kd": {}}} | changes)
+
+
 def _trained(experiment: Experiment, layout: Layout, fabric: Fabric) -> Run:
     distill_all(Workspace(experiment, layout, fabric), ["kd"], [0])
     return Run(layout.run("kd", 0))
 
 
 def test_other_settings_are_refused_before_anything_is_written_and_told_by_the_report(
-    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+    trained: Layout, experiment_of: Tiny, fabric: Fabric
 ) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    run = _trained(experiment, prepared, fabric)
-    before = prepared.config.read_text()
+    experiment, run = _once(experiment_of), Run(trained.run("kd", 0))
+    before = trained.config.read_text()
     assert before == dump(experiment)
-    other = experiment_of(train__epochs=1, train__rows=32, train__lr=0.25, students={"kd": {}})
+    other = _once(experiment_of, train__lr=0.25)
     with pytest.raises(ConfigError, match=r"settings\.lr: run .*, config 0\.25"):
-        distill_all(Workspace(other, prepared, fabric), ["kd"], [0])
+        distill_all(Workspace(other, trained, fabric), ["kd"], [0])
     with pytest.raises(ConfigError, match=r"settings\.lr: run .*, config 0\.25"):
-        evaluate_all(Workspace(other, prepared, fabric))
-    assert prepared.config.read_text() == before  # `e2kd report out/NAME` reads it
-    assert "other settings" not in report(Workspace(experiment, prepared))
+        evaluate_all(Workspace(other, trained, fabric))
+    assert trained.config.read_text() == before  # `e2kd report out/NAME` reads it
+    assert "other settings" not in report(Workspace(experiment, trained))
     assert "made with other settings than this config's: kd seed 0 (settings.lr: run" in report(
-        Workspace(other, prepared)
+        Workspace(other, trained)
     )
-    text = (prepared.report / "report.md").read_text()
+    text = (trained.report / "report.md").read_text()
     assert "made with other settings than this config's: kd seed 0 (settings.lr: run" in text
-    evaluate_all(Workspace(experiment, prepared, fabric))
+    evaluate_all(Workspace(experiment, trained, fabric))
     assert run.done
 
 
 def test_a_setting_newer_than_the_run_is_its_default(
-    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+    trained: Layout, experiment_of: Tiny, fabric: Fabric
 ) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    run = _trained(experiment, prepared, fabric)
+    experiment, run = _once(experiment_of), Run(trained.run("kd", 0))
     kept = (run.path / "config.yaml").read_text()
     assert "  label_weight: 0.0\n" in kept
     (run.path / "config.yaml").write_text(kept.replace("  label_weight: 0.0\n", ""))
-    _trained(experiment, prepared, fabric)
-    other = experiment_of(train__epochs=1, train__rows=32, students={"kd": {"label_weight": 1}})
+    _trained(experiment, trained, fabric)
+    other = _once(experiment_of, students={"kd": {"label_weight": 1}})
     with pytest.raises(ConfigError, match=r"settings\.label_weight: run 0\.0, config 1\.0"):
-        distill(Workspace(other, prepared, fabric), "kd", 0)
+        distill(Workspace(other, trained, fabric), "kd", 0)
 
 
-def test_a_split_without_scores_is_told(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    run = _trained(experiment, prepared, fabric)
+def test_a_split_without_scores_is_told(trained: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
+    experiment, run = _once(experiment_of), Run(trained.run("kd", 0))
     result = run.result()
     lost = experiment.evaluate.splits[0]
     del result["splits"][lost]
     run.finish(result)
-    assert f"not scored, run `e2kd evaluate`: kd seed 0 on {lost}" in report(Workspace(experiment, prepared))
+    assert f"not scored, run `e2kd evaluate`: kd seed 0 on {lost}" in report(Workspace(experiment, trained))
 
 
 def test_a_lost_result_is_made_again_and_a_damaged_one_is_named(
-    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+    trained: Layout, experiment_of: Tiny, fabric: Fabric
 ) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    run = _trained(experiment, prepared, fabric)
+    experiment, run = _once(experiment_of), Run(trained.run("kd", 0))
     weights, scores = (run.path / "last.safetensors").read_bytes(), run.result()["splits"]
     (run.path / "result.json").write_text('{"student": "k')
     with pytest.raises(CheckpointError, match=r"result\.json is damaged; delete it.*rm "):
-        report(Workspace(experiment, prepared))
+        report(Workspace(experiment, trained))
     (run.path / "result.json").unlink()
     with pytest.raises(ConfigError, match="no finished run"):
-        report(Workspace(experiment, prepared))
-    assert _trained(experiment, prepared, fabric).result()["splits"] == scores
+        report(Workspace(experiment, trained))
+    assert _trained(experiment, trained, fabric).result()["splits"] == scores
     assert (run.path / "last.safetensors").read_bytes() == weights
 
 
@@ -99,22 +116,21 @@ def test_lost_weights_are_named_with_the_mend(prepared: Layout, experiment_of: T
 
 
 def test_runs_scored_beside_another_store_are_told_and_scored_again(
-    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+    trained: Layout, experiment_of: Tiny, fabric: Fabric
 ) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    run = _trained(experiment, prepared, fabric)
+    experiment, run = _once(experiment_of), Run(trained.run("kd", 0))
     result = run.result()
     truth = result["splits"]["test-ood"]["accuracy"]
     result["splits"]["test-ood"]["accuracy"], result["stores"]["test-ood"] = 0.123, "of before"
     run.finish(result)
-    told = report(Workspace(experiment, prepared))
+    told = report(Workspace(experiment, trained))
     assert (
         "scored on other images or maps than there are now, run `e2kd evaluate`: kd seed 0 on test-ood"
         in told
     )
-    _trained(experiment, prepared, fabric)
+    _trained(experiment, trained, fabric)
     assert run.result()["splits"]["test-ood"]["accuracy"] == truth
-    assert "scored on other images" not in report(Workspace(experiment, prepared))
+    assert "scored on other images" not in report(Workspace(experiment, trained))
 
 
 def test_what_was_measured_of_another_store_is_measured_again(
@@ -132,27 +148,23 @@ def test_what_was_measured_of_another_store_is_measured_again(
 
 
 def test_a_config_that_stage_1_was_not_made_by_is_told(
-    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+    trained: Layout, experiment_of: Tiny, fabric: Fabric
 ) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    _trained(experiment, prepared, fabric)
-    assert "stage 1 was made by" not in report(Workspace(experiment, prepared))
-    other = experiment_of(
-        train__epochs=1, train__rows=32, students={"kd": {}}, view__size=64, teacher__train__epochs=9
-    )
-    told = report(Workspace(other, prepared))
+    experiment = _once(experiment_of)
+    assert "stage 1 was made by" not in report(Workspace(experiment, trained))
+    other = _once(experiment_of, view__size=64, teacher__train__epochs=9)
+    told = report(Workspace(other, trained))
     assert "this config is not the one that stage 1 was made by: view.size: made 48, config 64" in told
     assert "teacher.train.epochs: made 2, config 9" in told
 
 
 def test_a_lost_best_epoch_is_not_replaced_by_the_last(
-    prepared: Layout, experiment_of: Tiny, fabric: Fabric
+    trained: Layout, experiment_of: Tiny, fabric: Fabric
 ) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    run = _trained(experiment, prepared, fabric)
+    experiment, run = _once(experiment_of), Run(trained.run("kd", 0))
     (run.path / "best.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"best\.safetensors is gone"):
-        evaluate_all(Workspace(experiment, prepared, fabric))
+        evaluate_all(Workspace(experiment, trained, fabric))
 
 
 def test_a_diverged_candidate_loses_its_sweep_and_stops_nothing(
@@ -192,18 +204,16 @@ def test_a_diverged_run_is_named_after_the_others_and_may_be_begun_with_other_se
     ("name", "text"), [("result.json", "{}"), ("config.yaml", "a: \0"), ("metrics.jsonl", "{]}\n")]
 )
 def test_a_damaged_file_of_a_run_is_named(
-    prepared: Layout, experiment_of: Tiny, fabric: Fabric, name: str, text: str
+    trained: Layout, experiment_of: Tiny, fabric: Fabric, name: str, text: str
 ) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    run = _trained(experiment, prepared, fabric)
+    experiment, run = _once(experiment_of), Run(trained.run("kd", 0))
     (run.path / name).write_text(text)
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
-        report(Workspace(experiment, prepared))
+        report(Workspace(experiment, trained))
 
 
-def test_a_damaged_measurement_is_named(prepared: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
-    experiment = experiment_of(train__epochs=1, train__rows=32, students={"kd": {}})
-    _trained(experiment, prepared, fabric)
-    prepared.stores(experiment.store_name).write(CODEC_COST, b"")
+def test_a_damaged_measurement_is_named(trained: Layout, experiment_of: Tiny, fabric: Fabric) -> None:
+    experiment = _once(experiment_of)
+    trained.stores(experiment.store_name).write(CODEC_COST, b"")
     with pytest.raises(DataError, match=r"codec-cost\.json is damaged; delete it"):
-        report(Workspace(experiment, prepared))
+        report(Workspace(experiment, trained))
