@@ -199,6 +199,10 @@ def decode_maps(
     return maps
 
 
+_SMALLEST = 2.0**-149
+"""The smallest positive float32: a step below would be 0."""
+
+
 def encode_logits(codec: StoredNumbers, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """f32 [n,V,C] -> (stored, same shape; scale f32 [n,V,2] = (offset, step), or None for float codecs).
 
@@ -213,7 +217,7 @@ def encode_logits(codec: StoredNumbers, logits: np.ndarray) -> tuple[np.ndarray,
     if isinstance(codec, UInt12Codec):
         low = logits.min(2)
         span = logits.max(2).astype(np.float64) - low
-        step = np.where(span > 0, span / codec.steps, 1).astype(np.float32)
+        step = np.where(span > 0, np.maximum(span / codec.steps, _SMALLEST), 1).astype(np.float32)
         scale = np.stack([low, step], axis=2).astype(np.float32)
         values = ((logits - low[..., None].astype(np.float64)) / step[..., None]).clip(0, codec.steps)
     stored = codec.encode(values)
