@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_every_test_that_should_notice_is_there() -> None:
         assert not name or name[0] in functions, net
 
 
+def test_the_page_has_every_mistake_with_a_test_that_is_there() -> None:
+    """It is written by `make mutants ARGS="--write docs/mutants.md"`."""
+    text = (ROOT / "docs/mutants.md").read_text()
+    rows = re.findall(r"^\| (.+) \| `(.+)` \| `(.+)::(.+)` \|$", text, re.MULTILINE)
+    assert [(meaning, file) for meaning, file, *_ in rows] == [(row.meaning, row.file) for row in TABLE]
+    for _, _, test, name in rows:
+        assert f"def {name}(" in (ROOT / test).read_text(), name
+
+
 def test_a_mistake_that_a_test_notices_is_caught_and_the_tree_stays_as_it_was(
     tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +73,20 @@ def test_a_mistake_that_a_test_notices_is_caught_and_the_tree_stays_as_it_was(
     assert said.endswith("2 mutants, 2 caught\n")
     assert {name: (tree / name).read_text() for name in TREE} == TREE
     assert {file.name for file in tree.iterdir()} == set(TREE)
+
+
+def test_what_caught_each_mutant_is_written_in_the_tables_order_if_all_were_caught(
+    tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("docs") / "mutants.md"
+    rows = [mutant()._replace(meaning=f"mistake {number}", new=f"a - b - {number}") for number in range(4)]
+    weak = mutant(net="test_weak.py")
+    assert main((), [*rows, weak], tree, ["pytest"], file) == 1
+    assert not file.exists()
+    assert main((), rows, tree, ["pytest"], file) == 0
+    assert file.read_text().splitlines()[-4:] == [
+        f"| mistake {number} | `sums.py` | `test_sums.py::test_add` |" for number in range(4)
+    ]
 
 
 def test_what_nothing_notices_or_cannot_be_judged_is_an_error(

@@ -2,6 +2,7 @@
 
 make mutants                            all of them, some minutes on two cores
 make mutants ARGS="losses 'an epoch'"   those whose file, tests or meaning have one of these texts
+make mutants ARGS="--write FILE"        all of them, and the table of what caught each, in Markdown, if all were caught
 
 A mutant is one row of `table.py`. Each is made in a temporary copy of the tree, never in the tree itself, and its tests
 run there. Before that the tests run without any mistake: a test that fails anyway notices nothing.
@@ -9,6 +10,7 @@ run there. Before that the tests run without any mistake: a test that fails anyw
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import queue
@@ -39,6 +41,15 @@ SLOW_IMPORTS = (
 )
 """Others' packages, imported once: the process of each mutant is forked after them."""
 
+HEAD = """# Mistakes that the tests notice
+
+`make mutants` makes each of these deliberate mistakes in a copy of the tree, runs a few tests there, and expects one of
+them to fail. This table is what it found: `make mutants ARGS="--write docs/mutants.md"`.
+
+| mistake | file | caught by |
+|---|---|---|
+"""
+
 Copies = queue.Queue[Path]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,8 +76,9 @@ def main(
     table: Sequence[Mutant] = TABLE,
     root: Path = ROOT,
     imports: Sequence[str] = SLOW_IMPORTS,
+    write: Path | None = None,
 ) -> int:
-    """0 if every chosen mutant was caught, else 1."""
+    """0 if every chosen mutant was caught, else 1. If it is 0, the table of what caught them is written to `write`."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(imports))
     chosen = [mutant for mutant in table if not words or any(word in _text(mutant) for word in words)]
     with copies_of(root, cores()) as copies:
@@ -79,7 +91,31 @@ def main(
     print(f"{len(verdicts)} mutants, {len(verdicts) - len(missed)} caught")
     for verdict in missed:
         print(f"not caught: {verdict.mutant.file}: {verdict.mutant.meaning}: {verdict.words}")
-    return 0 if verdicts and sound and not missed else 1
+    if not verdicts or not sound or missed:
+        return 1
+    if write is not None:
+        write.write_text(page(sorted(verdicts, key=lambda verdict: chosen.index(verdict.mutant))))
+    return 0
+
+
+def page(verdicts: Iterable[Verdict]) -> str:
+    """Caught mutants in Markdown, a row each, with the function of the test that caught it."""
+    rows = (
+        (verdict.mutant.meaning, verdict.mutant.file, verdict.words.split("[")[0]) for verdict in verdicts
+    )
+    return HEAD + "".join(f"| {meaning} | `{file}` | `{test}` |\n" for meaning, file, test in rows)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make mutants", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "words", nargs="*", help="texts of a mutant's file, tests or meaning; none: all mutants"
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the table of what caught each mutant")
+    found = parser.parse_args()
+    if found.write and found.words:
+        parser.error("--write is for all mutants: leave the words out")
+    return found
 
 
 def _text(mutant: Mutant) -> str:
@@ -209,4 +245,5 @@ def _tests(copy: Path, nets: Sequence[str], log: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    arguments = _arguments()
+    sys.exit(main(arguments.words, write=arguments.write))

@@ -18,7 +18,16 @@ from pipeline.models import build, save_weights
 from pipeline.order import prepare
 from pipeline.order.prepare import prepare_stores
 from pipeline.order.runs import distill_all
-from pipeline.provenance import FILE, WEIGHTS, matching_store, read_teacher
+from pipeline.provenance import (
+    FILE,
+    WEIGHTS,
+    TeacherRecord,
+    described,
+    expected,
+    matching_store,
+    read_teacher,
+    write_teacher,
+)
 from pipeline.training import trained
 from pipeline.training.run import Run
 from pipeline.workspace import Layout, Workspace
@@ -107,6 +116,52 @@ def test_a_config_of_another_teacher_is_refused_with_what_differs(
     other = Workspace(experiment_of(teacher__train__epochs=9), prepared, fabric)
     with pytest.raises(MismatchedStore, match=r"teacher\.train\.epochs: store 2, config 9"):
         matching_store(other, "train", other.open_images("train"))
+
+
+def test_one_folder_has_the_stores_of_one_teacher(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    """Another one's record is refused while any split's store is there, though nobody looks at that store."""
+    workspace = Workspace(experiment_of(), prepared, fabric)
+    record = read_teacher(workspace)
+    assert record is not None
+    other = record.model_copy(update={"weights_sha256": "0" * 64})
+    first, *rest = workspace.experiment.answered_splits
+    for split in rest:
+        workspace.store_place(split).remove("draft.json")
+    with pytest.raises(MismatchedStore, match=r"teacher\.weights_sha256"):
+        write_teacher(workspace, other)
+    assert read_teacher(workspace) == record
+    workspace.store_place(first).remove("draft.json")
+    write_teacher(workspace, other)
+    assert read_teacher(workspace) == other
+
+
+@pytest.mark.parametrize(
+    ("model", "explainer", "channels", "codec"),
+    [("toy/resnet", "gradcam", 1, "e2kd.fp16"), ("bcos/small", "bcos", 6, "e2kd.int6")],
+)
+def test_the_record_the_explainer_and_the_images_say_what_a_store_must_be(
+    model: str, explainer: str, channels: int, codec: str, prepared: Layout, experiment_of: Tiny
+) -> None:
+    experiment = experiment_of(teacher__model=model, train__model=model)
+    record = TeacherRecord(
+        config=described(experiment),
+        weights_sha256="a" * 64,
+        preprocessing={"mean": [0.5]},
+        classes=2,
+        image_size=48,
+        map_size=(6, 7),
+    )
+    images = Workspace(experiment, prepared).open_images("train")
+    draft = expected(experiment, record, images)
+    assert (draft.teacher.architecture, draft.teacher.weights_sha256) == (model, "a" * 64)
+    assert (draft.teacher.preprocessing, draft.teacher.class_names) == ({"mean": [0.5]}, images.classes)
+    assert (draft.explainer.name, draft.explainer.settings) == (explainer, {"logit": "centred"})
+    assert (draft.images, draft.view) == (images.fingerprint, images.view)
+    assert (draft.shape.channels, draft.shape.height, draft.shape.width) == (channels, 6, 7)
+    assert (draft.shape.rows, draft.shape.explained, draft.shape.classes) == (len(images), 1, 2)
+    assert (draft.logits.codec, draft.maps.codec) == ("e2kd.fp16", codec)
 
 
 def test_stores_without_a_record_are_recorded_by_stage_1(

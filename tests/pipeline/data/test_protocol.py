@@ -220,4 +220,5 @@ def test_a_students_rows_are_the_first_ones_and_of_these_the_first_of_each_class
     assert select_rows(labels, 5, None).tolist() == [0, 1, 2, 3, 4]
     assert select_rows(labels, None, 2).tolist() == [0, 1, 2, 3, 4]
     assert select_rows(labels, 4, 1).tolist() == [0, 1, 3]
+    assert select_rows(labels, 3, 1).tolist() == [0, 1]
     assert select_rows([], None, 1).dtype == np.int64
