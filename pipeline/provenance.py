@@ -12,7 +12,7 @@ from typing import Any
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
-from artifacts.errors import E2kdError, IncompleteStore, ModelError
+from artifacts.errors import DamagedStore, IncompleteStore, ModelError
 from artifacts.manifest import (
     SCHEMA_VERSION,
     CodecInfo,
@@ -38,21 +38,36 @@ WEIGHTS = "teacher.safetensors"
 class SeenWeights(Record):
     """In an experiment's own folder: a file of weights as it was when its network was hashed."""
 
+    path: str
     bytes: int
     mtime_ns: int
+    ctime_ns: int
+    inode: int
     weights_sha256: str
+
+    @classmethod
+    def of(cls, file: Path, weights_sha256: str) -> SeenWeights:
+        state = file.stat()
+        return cls(
+            path=str(file.resolve()),
+            bytes=state.st_size,
+            mtime_ns=state.st_mtime_ns,
+            ctime_ns=state.st_ctime_ns,
+            inode=state.st_ino,
+            weights_sha256=weights_sha256,
+        )
 
 
 class TeacherRecord(Record):
     """The teacher of an experiment's stores.
 
-    config          the config's section `teacher`, with the bare names of the files that it names
+    configs         what configs say of it (`described`); several may have the same network
     weights_sha256  of its network's state dict (`models.weights_sha256`)
     map_size        height and width of its maps of square images of `image_size` px
     """
 
     schema_version: int = SCHEMA_VERSION
-    config: dict[str, Any]
+    configs: list[dict[str, Any]]
     weights_sha256: str
     preprocessing: dict[str, Any]
     classes: int
@@ -92,11 +107,11 @@ def matching_store(workspace: Workspace, split: str, images: ImageSet) -> Teache
 
 
 def is_complete(workspace: Workspace) -> bool:
-    """Whether every store of the config is finished, sound in its records, and of the config's teacher and images."""
+    """Whether every store of the config is finished. Raises MismatchedStore if one is of another teacher or images."""
     try:
         for split in workspace.experiment.answered_splits:
             matching_store(workspace, split, workspace.open_images(split))
-    except (E2kdError, FileNotFoundError):
+    except (IncompleteStore, DamagedStore, FileNotFoundError):
         return False
     return True
 
@@ -105,36 +120,53 @@ def read_teacher(workspace: Workspace) -> TeacherRecord | None:
     """The record beside the stores. None if there is none, or if it is damaged: stage 1 writes it again."""
     try:
         return read_record(workspace.beside_stores, FILE, TeacherRecord)
-    except (FileNotFoundError, E2kdError):
+    except (FileNotFoundError, DamagedStore):
         return None
 
 
-def write_teacher(workspace: Workspace, record: TeacherRecord) -> None:
-    """Record the teacher. Raises MismatchedStore if stores of other weights lie there."""
+def write_teacher(workspace: Workspace, record: TeacherRecord) -> bool:
+    """Record the teacher, beside other configs of the same network. Returns whether another teacher was there, or none.
+
+    Raises MismatchedStore if stores of other weights lie there.
+    """
     known = read_teacher(workspace)
-    if known is not None and known.weights_sha256 != record.weights_sha256 and _any_store(workspace):
+    if known is not None and known.weights_sha256 == record.weights_sha256:
+        more = [config for config in record.configs if config not in known.configs]
+        if more:
+            both = known.model_copy(update={"configs": [*known.configs, *more]})
+            write_record(workspace.beside_stores, FILE, both)
+        return False
+    if known is not None and _any_store(workspace):
         weights = {"teacher.weights_sha256": (known.weights_sha256, record.weights_sha256)}
         raise mismatch(workspace.beside_stores, weights)
-    if known != record:
-        write_record(workspace.beside_stores, FILE, record)
+    write_record(workspace.beside_stores, FILE, record)
+    return True
 
 
 def _any_store(workspace: Workspace) -> bool:
-    return any(
-        workspace.store_place(split).exists("draft.json") for split in workspace.experiment.answered_splits
-    )
+    return any(name.endswith("/draft.json") for name in workspace.beside_stores.sizes())
 
 
 def check_teacher(workspace: Workspace, record: TeacherRecord) -> None:
     """Raises MismatchedStore with the differing settings unless the config's teacher is the recorded one."""
-    differing = differing_values({"teacher": record.config}, {"teacher": described(workspace.experiment)})
-    if differing:
+    own = described(workspace.experiment)
+    if own not in record.configs:
+        differing = differing_values({"teacher": record.configs[-1]}, {"teacher": own})
         raise mismatch(workspace.beside_stores, differing)
 
 
+def check_network(workspace: Workspace, store: TeacherStore, weights_sha256: str) -> None:
+    """Raises MismatchedStore unless a network is the one that answered for a store."""
+    recorded = store.manifest.teacher.weights_sha256
+    if recorded != weights_sha256:
+        raise mismatch(store.place, {"teacher.weights_sha256": (recorded, weights_sha256)})
+
+
 def described(experiment: Experiment) -> dict[str, Any]:
-    """What the config says of the teacher. Of a file of weights its name: folders are another machine's business."""
-    said = experiment.teacher.model_dump(mode="json")
+    """What the config says of the teacher's network. Of a file of weights its name: a folder is a machine's own."""
+    said = experiment.teacher.model_dump(
+        mode="json", exclude={"classes": True, "train": {"workers", "cache_mib"}}
+    )
     train = said["train"] and {**said["train"], "init": _name(said["train"]["init"])}
     return {**said, "weights": _name(said["weights"]), "train": train}
 
@@ -146,9 +178,7 @@ def _name(weights: str | None) -> str | None:
 def see_weights(workspace: Workspace, file: Path | None, weights_sha256: str) -> None:
     """Note what a file of weights was when its network was hashed."""
     if file is not None and file.is_file():
-        state = file.stat()
-        seen = SeenWeights(bytes=state.st_size, mtime_ns=state.st_mtime_ns, weights_sha256=weights_sha256)
-        write_record(place(workspace.layout.root), SEEN, seen)
+        write_record(place(workspace.layout.root), SEEN, SeenWeights.of(file, weights_sha256))
 
 
 def has_seen_weights(workspace: Workspace, file: Path | None, weights_sha256: str) -> bool:
@@ -157,14 +187,9 @@ def has_seen_weights(workspace: Workspace, file: Path | None, weights_sha256: st
         return True
     try:
         seen = read_record(place(workspace.layout.root), SEEN, SeenWeights)
-    except (FileNotFoundError, E2kdError):
+    except (FileNotFoundError, DamagedStore):
         return False
-    state = file.stat()
-    return (seen.bytes, seen.mtime_ns, seen.weights_sha256) == (
-        state.st_size,
-        state.st_mtime_ns,
-        weights_sha256,
-    )
+    return seen == SeenWeights.of(file, weights_sha256)
 
 
 def expected(experiment: Experiment, record: TeacherRecord, images: ImageSet) -> ManifestDraft:

@@ -24,9 +24,9 @@ from pipeline.distill.prior import build as build_prior
 from pipeline.distill.step import StudentStep, loss_terms
 from pipeline.evaluate.students import evaluate_student, score_student, scored_rows
 from pipeline.explain import Explainer
-from pipeline.models import Explainable, build
+from pipeline.models import Explainable, build, weights_sha256
 from pipeline.models.sync_norm import convert
-from pipeline.provenance import class_count, matching_store
+from pipeline.provenance import check_network, class_count, matching_store
 from pipeline.training.loop import Training, fit
 from pipeline.training.run import Run, run_settings, student_defaults
 from pipeline.training.trained import build_explainer, load_teacher
@@ -81,7 +81,8 @@ def _training(workspace: Workspace, name: str, seed: int, images: ImageSet, stor
     """The student, what it sees, and what its steps minimise."""
     fabric, select = workspace.fabric, workspace.experiment.evaluate.select
     settings = workspace.experiment.candidates[name].settings
-    parts = _parts(workspace, settings, seed, _training_rows(settings, images, store, name))
+    data = _training_rows(settings, images, store, name)
+    parts = _parts(workspace, settings, seed, data, store)
     rank, world = fabric.global_rank, fabric.world_size
     validation = scored_rows(workspace, select, settings.cache_mib) if select else None
     return Training(
@@ -101,7 +102,9 @@ def _training(workspace: Workspace, name: str, seed: int, images: ImageSet, stor
     )
 
 
-def _parts(workspace: Workspace, settings: StudentConfig, seed: int, data: PairedRows) -> _Parts:
+def _parts(
+    workspace: Workspace, settings: StudentConfig, seed: int, data: PairedRows, store: TeacherStore
+) -> _Parts:
     experiment, device = workspace.experiment, workspace.fabric.device
     torch.manual_seed(seed)
     net = build(settings, class_count(experiment, data.images))
@@ -110,7 +113,9 @@ def _parts(workspace: Workspace, settings: StudentConfig, seed: int, data: Paire
     explainer = build_explainer(experiment.explain, net)
     teacher = None
     if settings.asks_online:
-        teacher = build_explainer(experiment.explain, load_teacher(workspace, data.images)).to(device)
+        network = load_teacher(workspace, data.images)
+        check_network(workspace, store, weights_sha256(network))
+        teacher = build_explainer(experiment.explain, network).to(device)
     parts = _Parts(data, net, explainer, teacher, None)
     return replace(parts, prior=_with_prior(workspace, settings, parts)) if settings.prior else parts
 

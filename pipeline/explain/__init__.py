@@ -12,7 +12,7 @@ from artifacts.errors import ConfigError
 from pipeline.explain.bcos import BCos
 from pipeline.explain.explainer import LOGITS, Classes, Explained, Explainer
 from pipeline.explain.gradcam import GradCAM
-from pipeline.models import BCosClassifier
+from pipeline.models import Classifier
 
 EXPLAINERS: dict[str, type[Explainer]] = {
     "gradcam": GradCAM,
@@ -31,7 +31,7 @@ def build(name: str, model: nn.Module, *, logit: str = "raw", **settings: Any) -
     unknown name or logit, ModelError for a network that the explainer does not fit.
     """
     if name == "auto":
-        name = "bcos" if isinstance(model, BCosClassifier) else "gradcam"
+        name = getattr(model, "explained_by", Classifier.explained_by)
     _check("explained logit", logit, LOGITS)
     return by_name(name)(model, logit=logit, **settings)
 

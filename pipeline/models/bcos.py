@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from bcos.models import densenet, resnet, vit
@@ -42,6 +42,8 @@ class BCosClassifier(nn.Module):
     are converted in place (`bcos_layers.hold_layers`). The weights are those of `net`: save and load
     `classifier.net.state_dict()`. Raises ModelError for a network that has no exact B-cos maps.
     """
+
+    explained_by: ClassVar[str] = "bcos"
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Classifier(nn.Module):
     Raises ModelError when `net` gives no spatial features.
     """
 
+    explained_by: ClassVar[str] = "gradcam"
+    """What `explain.explainer: auto` means."""
     mean: Tensor | None
     std: Tensor | None
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 
 from artifacts.durable import write_atomic
 from pipeline.config import dump
 from pipeline.data.pack import pack
 from pipeline.precompute.measure import measure
-from pipeline.precompute.run import precompute
+from pipeline.precompute.run import precompute, share_weights
 from pipeline.provenance import is_complete
 from pipeline.sharing import WHOLE, Part, locked
 from pipeline.teach.run import teach
@@ -26,18 +26,23 @@ def prepare_teacher(workspace: Workspace) -> None:
             teach(workspace)
 
 
-def prepare_stores(workspace: Workspace, part: Part = WHOLE) -> bool:
+def prepare_stores(workspace: Workspace, part: Part = WHOLE, students: Collection[str] | None = None) -> bool:
     """Stage 1 for every split that students train on or are scored on. False while other parts are not done.
 
     Independent parts do not pack or teach: that is done once, before them. Raises ImageSetError or ModelError if it
     was not. The whole of it is one process's at a time: a second one waits, and finds it done. A teacher is not taught
-    again for stores that are complete, as those that another folder's experiment made (`artifacts: URL`).
+    again for stores that are complete, as those that another folder's experiment made (`artifacts: URL`), unless one of
+    `students` (candidates by name; None: all) asks it online and its weights cannot be had.
     """
     with _alone(workspace) if part == WHOLE else nullcontext():
         if part == WHOLE:
             _pack(workspace)
-            if workspace.experiment.teacher.train and workspace.fabric.broadcast(_needs_teaching(workspace)):
+            if workspace.experiment.teacher.train and workspace.fabric.broadcast(
+                _needs_teaching(workspace, students)
+            ):
                 teach(workspace)
+        if workspace.fabric.is_global_zero:
+            share_weights(workspace)
         teacher = LiveTeacher(workspace)
         complete = True
         for split in workspace.experiment.answered_splits:
@@ -49,9 +54,11 @@ def prepare_stores(workspace: Workspace, part: Part = WHOLE) -> bool:
         return complete
 
 
-def _needs_teaching(workspace: Workspace) -> bool:
+def _needs_teaching(workspace: Workspace, students: Collection[str] | None) -> bool:
     """Unless every store is there, and for online students the weights too."""
-    online = any(one.settings.asks_online for one in workspace.experiment.candidates.values())
+    candidates = workspace.experiment.candidates
+    asked = candidates if students is None else students
+    online = any(candidates[name].settings.asks_online for name in asked)
     return not is_complete(workspace) or (online and not has_weights(workspace))
 
 

@@ -50,7 +50,7 @@ def distill_all(
     Diverged or JobsFailed, after all others, if runs failed that are not a sweep's candidates.
     """
     _check_begun(workspace, students, seeds)
-    prepare_stores(workspace)
+    prepare_stores(workspace, students=students)
     _score_again(workspace, students, seeds)
     train = runner or here
     first = _compared_runs(workspace, students, seeds)[part.rank :: part.world]

@@ -28,6 +28,8 @@ def _measure_costs(workspace: Workspace, teacher: LiveTeacher) -> None:
     of_store = {"store": store.manifest.identity}
     if all(workspace.has_measured(name, of_store) for name in (FREEZING_GAP, CODEC_COST)):
         return
+    if not _can_ask(workspace, teacher, "what storing and freezing cost"):
+        return
     images = workspace.open_images(student.split)
     cost = codec_cost(teacher.explainer, images, store, student.augment, device)
     workspace.write_measured(CODEC_COST, of_store | cost)
@@ -46,9 +48,18 @@ def _measure_shift(workspace: Workspace, teacher: LiveTeacher) -> None:
     of_split = {"store": workspace.open_store(split).manifest.identity, "split": split}
     if workspace.has_measured(SHIFT_CURVE, {**of_split, "shifts": list(settings.shifts)}):
         return
+    if not _can_ask(workspace, teacher, "the teacher's shift curve"):
+        return
     images = workspace.open_images(split)
     curve = shift_curve(teacher.explainer, images, settings, workspace.fabric.device)
     workspace.write_measured(SHIFT_CURVE, of_split | curve)
+
+
+def _can_ask(workspace: Workspace, teacher: LiveTeacher, what: str) -> bool:
+    """Stores serve students without their teacher; what needs its network is then said to be missing."""
+    if not teacher.is_here:
+        workspace.progress.say(f"not measured: {what}; the teacher's weights are not here")
+    return teacher.is_here
 
 
 def score_teacher(workspace: Workspace, split: str, store: TeacherStore, teacher: LiveTeacher) -> None:
@@ -61,6 +72,8 @@ def score_teacher(workspace: Workspace, split: str, store: TeacherStore, teacher
     rows = PairedRows(workspace.open_images(split), store, masks="any")
     answer = teacher_answers(by_name(workspace.experiment.explainer))
     if rows.multilabel:
+        if not _can_ask(workspace, teacher, f"the teacher's scores on {split}"):
+            return
         answer = teacher_answers_beyond(teacher.explainer)
     scores = score(workspace.fabric, answer, rows, workspace.experiment.evaluate.batch_size)
     own = {

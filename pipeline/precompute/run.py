@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from artifacts import ImageSet, TeacherStore
-from artifacts.errors import E2kdError
+from artifacts.errors import DamagedStore, IncompleteStore, MismatchedStore
 from artifacts.writer import ShardStream, StoreWriter
 from pipeline.models import Explainable
 from pipeline.precompute.answer import answer_shards
@@ -11,7 +11,6 @@ from pipeline.precompute.measure import score_teacher
 from pipeline.progress import Progress
 from pipeline.provenance import (
     WEIGHTS,
-    described,
     expected,
     has_seen_weights,
     matching_store,
@@ -20,6 +19,7 @@ from pipeline.provenance import (
     write_teacher,
 )
 from pipeline.sharing import WHOLE, Part
+from pipeline.training.run import Run
 from pipeline.training.trained import LiveTeacher, teacher_weights, weights_file
 from pipeline.workspace import Workspace
 
@@ -52,7 +52,7 @@ def _known(workspace: Workspace, split: str, images: ImageSet) -> bool:
         return False
     try:
         matching_store(workspace, split, images)
-    except (E2kdError, FileNotFoundError):
+    except (IncompleteStore, DamagedStore, MismatchedStore, FileNotFoundError):
         return False
     return True
 
@@ -97,15 +97,21 @@ def _finished(workspace: Workspace, split: str, writer: StoreWriter, part: Part)
 
 
 def _record(workspace: Workspace, teacher: LiveTeacher) -> None:
-    """Write beside the stores whose they are; a taught teacher's weights too, if other folders share the stores."""
-    write_teacher(workspace, teacher.record)
+    """Write beside the stores whose they are."""
+    is_new = write_teacher(workspace, teacher.record)
     see_weights(workspace, weights_file(workspace), teacher.record.weights_sha256)
-    if workspace.experiment.teacher.train and workspace.layout.shared:
-        beside, known = workspace.beside_stores, read_teacher(workspace)
-        assert known is not None
-        assert known.config == described(workspace.experiment)
-        if not beside.exists(WEIGHTS):
-            beside.write(WEIGHTS, teacher_weights(workspace).read_bytes())
+    share_weights(workspace, again=is_new)
+
+
+def share_weights(workspace: Workspace, again: bool = False) -> None:
+    """A teacher that was taught here lies beside the stores, too, if other folders share them."""
+    if not (
+        workspace.experiment.teacher.train and workspace.layout.shared and Run(workspace.layout.teacher).done
+    ):
+        return
+    weights = teacher_weights(workspace).read_bytes()
+    if again or workspace.beside_stores.size(WEIGHTS) != len(weights):
+        workspace.beside_stores.write(WEIGHTS, weights)
 
 
 def _compare_views(teacher: Explainable, images: ImageSet, progress: Progress) -> None:

@@ -54,14 +54,14 @@ def has_weights(workspace: Workspace) -> bool:
 def _load_shared(teacher: Explainable, workspace: Workspace) -> None:
     """A teacher that another folder's experiment taught, from beside the stores that both use."""
     beside, record = workspace.beside_stores, read_teacher(workspace)
-    if record is None or record.config != described(workspace.experiment) or not beside.exists(WEIGHTS):
+    if record is None or described(workspace.experiment) not in record.configs or not beside.exists(WEIGHTS):
         raise ModelError(
             f"the teacher in {workspace.layout.teacher} is not trained yet; run: e2kd teach CONFIG"
         )
     fill(teacher.net, safetensors.torch.load(beside.read(WEIGHTS)), str(beside / WEIGHTS))
     if weights_sha256(teacher) != record.weights_sha256:
         raise ModelError(
-            f"{beside / WEIGHTS} is damaged; run e2kd precompute CONFIG where the teacher was taught"
+            f"{beside / WEIGHTS} is damaged; delete it, then run e2kd precompute CONFIG where the teacher was taught"
         )
 
 
@@ -70,6 +70,14 @@ class LiveTeacher:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its weights can be had: published ones, a file that is there, or a taught teacher's."""
+        file = weights_file(self._workspace)
+        if self._workspace.experiment.teacher.train:
+            return has_weights(self._workspace)
+        return file is None or file.is_file() or file.suffix == ""
 
     @cached_property
     def net(self) -> Explainable:
@@ -85,7 +93,7 @@ class LiveTeacher:
         """What the network in memory is."""
         net, size = self.net, self._any_images.size
         return TeacherRecord(
-            config=described(self._workspace.experiment),
+            configs=[described(self._workspace.experiment)],
             weights_sha256=weights_sha256(net),
             preprocessing=net.preprocess,
             classes=net.classes,

@@ -8,9 +8,10 @@ import pytest
 
 from artifacts.errors import ConfigError
 from pipeline import explain
-from pipeline.config import parse
+from pipeline.config import ModelConfig, parse
 from pipeline.config.experiment import EXPLAIN_SETTINGS
 from pipeline.config.models import FAMILIES
+from pipeline.models import build
 from pipeline.models.zoo import BUILDERS
 
 RAW: dict[str, Any] = {
@@ -28,6 +29,10 @@ def test_every_explainer_has_a_section_and_the_other_way_round() -> None:
 def test_every_family_has_a_builder_and_an_explainer() -> None:
     assert list(FAMILIES) == list(BUILDERS)
     assert {family.explainer for family in FAMILIES.values()} <= explain.EXPLAINERS.keys()
+    models = {"toy": "resnet", "torchvision": "resnet18", "timm": "resnet18", "bcos": "small"}
+    for name, family in FAMILIES.items():
+        network = build(ModelConfig(model=f"{name}/{models[name]}", width=4), 3)
+        assert network.explained_by == family.explainer
 
 
 @pytest.mark.parametrize(("name", "channels", "codec"), [("gradcam", 1, "fp16"), ("bcos", 6, "int6")])

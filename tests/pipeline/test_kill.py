@@ -26,6 +26,7 @@ from artifacts.manifest import ShardRecord
 from artifacts.places import place
 from artifacts.records import read_record, wrong_sizes
 from pipeline.config import Experiment, dump
+from pipeline.provenance import SEEN
 
 WORKER = Path(__file__).with_name("fork_worker.py")
 ROWS, PER_SHARD = 96, 6
@@ -114,7 +115,10 @@ class Whole:
 
 def files(root: Path) -> dict[str, bytes]:
     return {
-        str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()
+        str(file.relative_to(root)): file.read_bytes()
+        for file in sorted(root.rglob("*"))
+        # that one is about a file of this folder
+        if file.is_file() and file.name != SEEN
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 
 from artifacts.errors import IncompleteStore, MismatchedStore, ModelError
 from pipeline.config import Experiment, ModelConfig
+from pipeline.distill.run import distill
 from pipeline.models import build, save_weights
 from pipeline.order import prepare
 from pipeline.order.prepare import prepare_stores
 from pipeline.order.runs import distill_all
+from pipeline.progress import Quiet
 from pipeline.provenance import (
     FILE,
     WEIGHTS,
@@ -30,7 +33,7 @@ from pipeline.provenance import (
 )
 from pipeline.training import trained
 from pipeline.training.run import Run
-from pipeline.workspace import Layout, Workspace
+from pipeline.workspace import CODEC_COST, Layout, Workspace
 
 Tiny = Callable[..., Experiment]
 SHORT: dict[str, Any] = {"train__epochs": 1, "train__rows": 32}
@@ -110,6 +113,98 @@ def test_damaged_shared_weights_are_refused(fabric: Fabric, experiment_of: Tiny,
         distill_all(second, ["e2kd"], [0])
 
 
+def test_an_online_student_never_trains_beside_another_network(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    """Whatever the records say of a file that was replaced."""
+    workspace = Workspace(experiment_of(**SHORT), prepared, fabric)
+    prepare_stores(workspace)
+    replace_teacher(workspace)
+    with pytest.raises(MismatchedStore, match=r"teacher\.weights_sha256"):
+        distill(workspace, "e2kd", 0)
+    assert not Run(prepared.run("e2kd", 0)).done
+
+
+def replace_teacher(workspace: Workspace) -> None:
+    """Other weights in its file, of the same size and time."""
+    file = trained.teacher_weights(workspace)
+    state = file.stat()
+    plain = workspace.experiment.teacher.model_copy(update={"train": None})
+    torch.manual_seed(99)
+    save_weights(build(plain, 2), file)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert file.stat().st_size == state.st_size
+
+
+def test_a_file_that_was_replaced_is_looked_at_whatever_its_time(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny
+) -> None:
+    workspace = Workspace(experiment_of(**SHORT), prepared, fabric)
+    prepare_stores(workspace)
+    replace_teacher(workspace)
+    with pytest.raises(MismatchedStore, match=r"teacher\.weights_sha256"):
+        prepare_stores(workspace)
+
+
+def test_configs_that_name_the_same_network_otherwise_share_its_stores(
+    fabric: Fabric, experiment_of: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one's record does not shut the first one out, even without its file."""
+    workspaces = []
+    for name in ("t", "u"):
+        torch.manual_seed(0)
+        file = tmp_path / f"{name}.safetensors"
+        save_weights(build(ModelConfig(model="toy/resnet", width=4), 2), file)
+        teacher = {"model": "toy/resnet", "width": 4, "weights": str(file)}
+        experiment = experiment_of(**SHORT, teacher=teacher, artifacts=str(tmp_path / "shared"))
+        workspaces.append(Workspace(experiment, Layout(tmp_path / name, experiment.artifacts), fabric))
+        prepare_stores(workspaces[-1])
+        file.unlink()
+    forbid_teachers(monkeypatch)
+    for workspace in workspaces:
+        distill_all(workspace, ["e2kd-frozen"], [0])
+
+
+def test_students_that_do_not_ask_it_need_no_teacher_taught(
+    prepared: Layout, fabric: Fabric, experiment_of: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the config has an online student; what only the teacher can say is said to be missing."""
+    said: list[str] = []
+    lines = Quiet()
+    monkeypatch.setattr(lines, "say", said.append)
+    workspace = Workspace(experiment_of(**SHORT, evaluate__shifts=[1]), prepared, fabric, lines)
+    shutil.rmtree(prepared.teacher)
+    workspace.beside_stores.remove(CODEC_COST)
+    forbid_teachers(monkeypatch)
+    distill_all(workspace, ["e2kd-frozen"], [0])
+    assert [line for line in said if "not here" in line] == [
+        "not measured: the teacher's shift curve; the teacher's weights are not here",
+        "not measured: what storing and freezing cost; the teacher's weights are not here",
+    ]
+
+
+def test_nothing_is_taught_before_a_store_of_something_else_is_named(
+    fabric: Fabric, experiment_of: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = str(tmp_path / "shared")
+    first = experiment_of(**SHORT, artifacts=shared)
+    prepare_stores(Workspace(first, Layout(tmp_path / "a", shared), fabric))
+    monkeypatch.setattr(prepare, "teach", lambda *_: pytest.fail("taught"))
+    other = experiment_of(**SHORT, artifacts=shared, teacher__train__epochs=3)
+    with pytest.raises(MismatchedStore, match=r"teacher\.train\.epochs: store 2, config 3"):
+        prepare_stores(Workspace(other, Layout(tmp_path / "b", shared), fabric))
+
+
+def test_lost_shared_weights_are_shared_again(fabric: Fabric, experiment_of: Tiny, tmp_path: Path) -> None:
+    experiment = experiment_of(**SHORT, artifacts=str(tmp_path / "shared"))
+    workspace = Workspace(experiment, Layout(tmp_path / "a", experiment.artifacts), fabric)
+    prepare_stores(workspace)
+    whole = workspace.beside_stores.read(WEIGHTS)
+    workspace.beside_stores.remove(WEIGHTS)
+    prepare_stores(workspace)
+    assert workspace.beside_stores.read(WEIGHTS) == whole
+
+
 def test_a_config_of_another_teacher_is_refused_with_what_differs(
     prepared: Layout, fabric: Fabric, experiment_of: Tiny
 ) -> None:
@@ -146,7 +241,7 @@ def test_the_record_the_explainer_and_the_images_say_what_a_store_must_be(
 ) -> None:
     experiment = experiment_of(teacher__model=model, train__model=model)
     record = TeacherRecord(
-        config=described(experiment),
+        configs=[described(experiment)],
         weights_sha256="a" * 64,
         preprocessing={"mean": [0.5]},
         classes=2,

@@ -74,6 +74,8 @@ def e2kd(
     config.write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
     arguments = [verb, str(config), "--out", str(prepared.root), *more]
     monkeypatch.setattr("sys.argv", ["e2kd", *arguments])
+    # it takes pytest's own file from under it
+    monkeypatch.setattr("cli.main.name_output", lambda: None)
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0
