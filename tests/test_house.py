@@ -105,6 +105,45 @@ def test_stage_2_imports_nothing_of_stage_1() -> None:
         ], file
 
 
+def test_no_rooms_import_each_other_in_a_circle() -> None:
+    """The tiers let rooms of one tier see each other; this keeps them in one order, too."""
+    imports: dict[str, set[str]] = {}
+    for file in sources("pipeline"):
+        room = file.relative_to(PIPELINE).parts[0].removesuffix(".py")
+        names = {name.split(".")[1] for name in imported(file) if name.startswith("pipeline.")}
+        imports.setdefault(room, set()).update(names - {room})
+    while imports:
+        ground = {room for room, names in imports.items() if not names & imports.keys()}
+        assert ground, f"a circle among {sorted(imports)}"
+        for room in ground:
+            del imports[room]
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Modules that a file imports when it runs: what only the type checker reads does not count."""
+    tree = ast.parse(file.read_text())
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in guarded:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "pipeline")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_link_of_the_documentation_leads_somewhere(page: str) -> None:
+    file = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+    links = re.findall(r"\]\(([^)#\s]+)", file.read_text())
+    lost = [link for link in links if "://" not in link and not (file.parent / link).exists()]
+    assert lost == []
+
+
 def test_the_tiers_are_at_most_five() -> None:
     import tomllib
 

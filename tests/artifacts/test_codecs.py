@@ -17,6 +17,7 @@ from artifacts.codecs import (
     encode_maps,
     get_codec,
 )
+from artifacts.rows import DEAD
 
 MAPS = ["fp16", "int8", "int6", "int5", "lossless"]
 LOGITS = ["fp16", "uint12", "fp32"]
@@ -77,6 +78,8 @@ def test_dead_and_constant_maps(name: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(some_maps(st.floats(-1e6, 1e6, width=32)), st.sampled_from(MAPS))
 def test_decoded_maps_encode_to_the_same_numbers(maps: np.ndarray, name: str) -> None:
+    """Of dead maps nothing is promised: one of 1e-39 decodes to zeros."""
+    maps = np.where(np.abs(maps) < DEAD, np.float32(0), maps)
     codec = get_codec(name)
     stored, scale = encode_maps(codec, maps)
     again, scale_again = encode_maps(codec, decode_maps(codec, stored, scale))
