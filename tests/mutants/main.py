@@ -34,7 +34,9 @@ from tests.mutants.table import TABLE, Mutant, mistake_in
 ROOT = Path(__file__).parents[2]
 NOT_COPIED = (".*", "__pycache__", "out", "*.egg-info")
 LIMIT = 240
-"""Seconds until a mutant's tests are stopped."""
+"""Seconds until a mutant's tests are stopped, which end with the first that fails."""
+LIMIT_OF_ALL = 1200
+"""Seconds until all tests of a file are stopped, on a machine that does something else too."""
 SLOW_IMPORTS = (
     *("pytest", "hypothesis", "torch", "torchvision", "kornia.augmentation"),
     *("timm", "lightning_fabric", "zarr", "bcos"),
@@ -201,19 +203,19 @@ def _write(file: Path, text: str) -> None:
 
 def _as_it_is(copies: Copies, nets: Sequence[str]) -> Outcome:
     with _borrowed(copies) as copy:
-        return run_tests(copy, nets)
+        return run_tests(copy, nets, LIMIT_OF_ALL)
 
 
-def run_tests(copy: Path, nets: Sequence[str]) -> Outcome:
+def run_tests(copy: Path, nets: Sequence[str], limit: int = LIMIT) -> Outcome:
     """Run some tests in a copy, in a process of their own, up to the first that fails."""
     log = copy / "mutant.log"
     process = multiprocessing.get_context("forkserver").Process(target=_tests, args=(copy, nets, log))
     process.start()
-    process.join(LIMIT)
+    process.join(limit)
     if process.is_alive():
         process.kill()
         process.join()
-        return Outcome(trouble=f"the tests were stopped after {LIMIT} s")
+        return Outcome(trouble=f"the tests were stopped after {limit} s")
     return _outcome(process.exitcode, log.read_text(errors="replace") if log.exists() else "")
 
 

@@ -54,7 +54,7 @@ TABLE = (
         "a frozen map is resampled, but does not follow its image's geometry",
         "pipeline/distill/step.py",
         "targets = targets._replace(maps=maps)",
-        "targets = targets._replace(maps=resample(targets.maps, maps.shape[-2:]))",
+        "targets = targets._replace(maps=resized(targets.maps, maps))",
         (COMPOSITION,),
     ),
     Mutant(
@@ -908,7 +908,7 @@ TABLE = (
         "pipeline/explain/bcos.py",
         "with constant_in_backward():",
         "if True:",
-        (BCOS,),
+        (f"{BCOS}::test_map_times_input_is_the_logit_minus_the_bias",),
     ),
     Mutant(
         "a student's B-cos explanation has no gradient",

@@ -428,7 +428,7 @@ def test_a_killed_run_continues_after_its_last_validation(train: Train, tmp_path
     train(settings, "whole", scores=[0.1, 0.2, 0.3])
     with pytest.raises(_Killed):
         train(settings, "cut", scores=[0.1], dies_at=3 * STEPS + 1)
-    Run(tmp_path / "cut").log({"epoch": 2, "loss": 1.0, "seconds": 0.0})
+    Run(tmp_path / "cut").log([{"epoch": 2, "loss": 1.0, "seconds": 0.0}])
     assert train(settings, "cut", scores=[0.2, 0.3]).steps[0] == 2 * STEPS
     assert history(tmp_path, "cut") == history(tmp_path, "whole")
 
