@@ -85,7 +85,7 @@ def test_a_folder_that_may_not_be_written(
 def test_a_log_of_a_run_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(WriteError) as caught:
-        Run(tmp_path).log({"epoch": 0})
+        Run(tmp_path).log([{"epoch": 0}])
     assert (caught.value.path, caught.value.errno) == (str(tmp_path / "metrics.jsonl"), errno.ENOSPC)
 
 
