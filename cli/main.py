@@ -61,7 +61,7 @@ def pack(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: Dr
 
 @app.command(epilog="Example: e2kd teach configs/toybirds.yaml")
 def teach(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: DryOpt = False) -> None:
-    """Train the config's teacher, guided to look at the object where the config says so."""
+    """Train the config's teacher, guided to look at the object if the config says so."""
     workspace = _open(config, set_, out, dry_run)
     from pipeline.order.prepare import prepare_teacher
 

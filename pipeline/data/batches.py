@@ -75,7 +75,7 @@ class PairedRows(Dataset[Batch]):
     """The chosen rows of an image set with the same rows of a teacher store; `read(rows)` gives a Batch.
 
     `masks` asks for object masks and boxes: "mask" (the packed mask), "box" (the boxes, filled) or "any" (mask, else
-    boxes, else all-zero; none at all where no sample has either). Otherwise a sample without its mask is a DataError.
+    boxes, else all-zero; none at all if no sample has either). Otherwise a sample without its mask is a DataError.
     `multilabel`: some label is a list; `labelled`: every row has a label or a list, which may be empty.
     Decoded images are kept in memory when they fit into `cache_mib`.
     """

@@ -110,10 +110,9 @@ def loss_terms(
         of_maps = OfMaps(loss, valid, explained.maps.detach().flatten(1).norm(dim=1).mean())
     if settings.label_loss is not None:
         of_labels = label_loss(settings.label_loss, explained.logits, labels)
-    prior = getattr(explained, "prior_loss", None)
     if settings.loss in ("ce", "bce"):
         assert of_labels is not None
-        return Terms(of_labels, prior=prior, explained=of_maps)
+        return Terms(of_labels, prior=explained.prior_loss, explained=of_maps)
     assert targets is not None
     logit_loss = teacher_loss(settings)
-    return Terms(logit_loss(explained.logits, targets.logits), of_labels, prior, of_maps)
+    return Terms(logit_loss(explained.logits, targets.logits), of_labels, explained.prior_loss, of_maps)

@@ -25,11 +25,13 @@ class Explained(NamedTuple):
     logits  [B,C]      fp32 (fp64 for an fp64 model)
     maps    [B,c,h,w]  likewise
     classes [B] int64  the explained class of each map; float [B,C] if weights were asked for
+    prior_loss []      a prior method's weighted loss, if the step has one
     """
 
     logits: Tensor
     maps: Tensor
     classes: Tensor
+    prior_loss: Tensor | None = None
 
 
 class Explainer(nn.Module, ABC):
@@ -71,8 +73,8 @@ class Explainer(nn.Module, ABC):
             return Explained(
                 logits, logits.detach().new_empty(len(logits), self.channels, 0, 0), logits.argmax(1)
             )
-        logits, maps, classes = self.explain(images, classes, differentiable)
-        return Explained(wide(logits), wide(maps), classes)
+        explained = self.explain(images, classes, differentiable)
+        return explained._replace(logits=wide(explained.logits), maps=wide(explained.maps))
 
     @abstractmethod
     def explain(self, images: Tensor, classes: Classes, differentiable: bool) -> Explained:

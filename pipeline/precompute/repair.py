@@ -11,7 +11,7 @@ from artifacts.records import check_same, read_record, write_record
 from artifacts.verify import Problem
 from artifacts.writer import StoreWriter
 from pipeline.data.pack import pack_split
-from pipeline.precompute.run import precompute
+from pipeline.precompute.run import fill, precompute
 from pipeline.provenance import expected
 from pipeline.training.trained import LiveTeacher
 from pipeline.workspace import Workspace
@@ -32,7 +32,8 @@ def repair_store(workspace: Workspace, split: str, problems: Sequence[Problem]) 
     Raises MismatchedStore if the store is not the one that the experiment's config asks for.
     """
     teacher = LiveTeacher(workspace)
-    draft = expected(workspace.experiment, teacher.record, workspace.open_images(split))
+    images = workspace.open_images(split)
+    draft = expected(workspace.experiment, teacher.record, images)
     writer = StoreWriter(workspace.store_place(split), draft)
     records: dict[str, type[ManifestDraft]] = {"manifest.json": Manifest, "draft.json": ManifestDraft}
     damaged = [name for name, model in records.items() if not _sound(writer.place, name, model, draft)]
@@ -43,6 +44,7 @@ def repair_store(workspace: Workspace, split: str, problems: Sequence[Problem]) 
     writer.write_metadata()
     for shard in {problem.shard for problem in problems if problem.shard is not None and problem.mend}:
         writer.uncommit(shard)
+    fill(workspace, split, images, teacher)
     precompute(workspace, split, teacher)
 
 

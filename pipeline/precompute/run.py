@@ -36,7 +36,7 @@ def precompute(
     """
     teacher, fabric = teacher or LiveTeacher(workspace), workspace.fabric
     images = workspace.open_images(split)
-    if not fabric.broadcast(_known(workspace, split, images)) and not _fill(
+    if not fabric.broadcast(_known(workspace, split, images)) and not fill(
         workspace, split, images, teacher, part
     ):
         return None
@@ -57,8 +57,10 @@ def _known(workspace: Workspace, split: str, images: ImageSet) -> bool:
     return True
 
 
-def _fill(workspace: Workspace, split: str, images: ImageSet, teacher: LiveTeacher, part: Part) -> bool:
-    """Compute this process's missing shards. Returns whether the store is finished now."""
+def fill(
+    workspace: Workspace, split: str, images: ImageSet, teacher: LiveTeacher, part: Part = WHOLE
+) -> bool:
+    """Compute this process's uncommitted shards, whatever a manifest says. Returns whether the store is finished."""
     experiment, fabric = workspace.experiment, workspace.fabric
     writer = StoreWriter(workspace.store_place(split), expected(experiment, teacher.record, images))
     todo: list[int] = []

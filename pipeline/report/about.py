@@ -79,7 +79,7 @@ def run_costs(results: Results) -> Table:
 
 
 def store_costs(results: Results) -> Table | None:
-    """What the teacher's answers take on disk, from the manifests; None where no split has a finished store."""
+    """What the teacher's answers take on disk, from the manifests; None if no split has a finished store."""
     rows = [
         [
             Cell(split),

@@ -60,7 +60,7 @@ Single = Heading | Text | Facts | Table | Picture
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures beside each other where there is room."""
+    """Pictures beside each other if there is room."""
 
     pictures: Sequence[Picture]
 

@@ -51,7 +51,7 @@ class Answer:
 
 
 def draw_gallery(results: Results, folder: Path) -> list[Block]:
-    """`maps-<split>.png` of the first held-out splits; a sentence where a split's images or store are not usable."""
+    """`maps-<split>.png` of the first held-out splits; a sentence if a split's images or store are not usable."""
     blocks: list[Block] = []
     for split in results.experiment.evaluate.splits[:MOST_SPLITS]:
         try:
@@ -75,7 +75,7 @@ def predicted(logits: Tensor, label: Label) -> Label:
 
 
 def is_right(logits: Tensor, label: Label) -> bool | None:
-    """Whether the answer is the label (of several classes: the same set); None where there is no label."""
+    """Whether the answer is the label (of several classes: the same set); None if there is no label."""
     if label is None:
         return None
     answer = predicted(logits, label)

@@ -51,7 +51,7 @@ def table(name: str) -> PaperTable:
 
 
 def _percent(metrics: Sequence[str], **rows: Sequence[float | None]) -> dict[str, Row]:
-    """Rows of percentages, as printed, to shares; None where the paper has none. `_` in a row's name stands for `-`."""
+    """Rows of percentages, as printed, to shares; None if the paper has none. `_` in a row's name stands for `-`."""
     return {
         name.replace("_", "-"): {
             metric: round(value / 100, 5)

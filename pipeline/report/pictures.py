@@ -28,7 +28,7 @@ PANELS = {
     "val_epg": "validation EPG",
     "val_iou": "validation IoU",
 }
-"""Drawn where some run has them more than once."""
+"""Drawn if some run has them more than once."""
 
 Points = Sequence[tuple[int, Summary]]
 

@@ -30,7 +30,7 @@ FREE = ("explanation_weight", "explain_every", "compile", "workers", "cache_mib"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One student of a method and its score on the selection split; None where it was not finished."""
+    """One student of a method and its score on the selection split; None if it was not finished."""
 
     student: str
     score: float | None
@@ -178,7 +178,7 @@ class Results:
         return summarise(differences).mean if differences else None
 
     def interval(self, method: Method, base: Method, split: str, metric: str) -> Interval | None:
-        """Paired bootstrap over rows and seeds; None where the runs' per-row scores are not there."""
+        """Paired bootstrap over rows and seeds; None if the runs' per-row scores are not there."""
         key = (method.name, split)
         if key not in self._intervals:
             seeds = [seed for seed in self.results[method.name] if seed in self.results[base.name]]
@@ -220,7 +220,7 @@ def _score(result: Mapping[str, Any], split: str, metric: str) -> float | None:
 
 
 def _samples(run: Path, split: str) -> Samples:
-    """A run's scores per row; nothing where the file is not there (a run of an old version)."""
+    """A run's scores per row; nothing if the file is not there (a run of an old version)."""
     file = samples_file(run, split)
     return {name: values.numpy() for name, values in read_samples(file).items()} if file.exists() else {}
 

@@ -62,7 +62,7 @@ def paired_intervals(
 ) -> dict[str, Interval]:
     """Own minus base for every score that all runs have: one Samples per seed, in the same order of seeds.
 
-    Empty where there is nothing to pair: no runs, or runs on other numbers of rows. A score without any defined row in
+    Empty if there is nothing to pair: no runs, or runs on other numbers of rows. A score without any defined row in
     some run is left out. Resampled worst groups are worse and calibration errors larger than the observed ones; their
     difference has this bias on both sides. The draws depend on `seed` and the numbers of rows and runs only.
     """

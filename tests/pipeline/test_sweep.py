@@ -118,7 +118,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         if name != "e2kd":
             _finish(workspace.layout, name, seed, accuracy={T5: 0.9}.get(name, 0.1))
 
-    monkeypatch.setattr(runs, "prepare_stores", lambda *_: True)
+    monkeypatch.setattr(runs, "prepare_stores", lambda *_, **__: True)
     monkeypatch.setattr(runs, "distill", distill)
     return order
 

@@ -26,7 +26,7 @@ from pipeline.distill.prior.losses import (
 from pipeline.explain import Classes, Explained
 from pipeline.models import Explainable
 
-__all__ = ["METHODS", "Beside", "ExplainedWithPrior", "TrainingRows", "WithPrior", "build"]
+__all__ = ["METHODS", "Beside", "TrainingRows", "WithPrior", "build"]
 
 
 class TrainingRows(NamedTuple):
@@ -95,15 +95,6 @@ class Beside(NamedTuple):
     epoch: int
 
 
-class ExplainedWithPrior(NamedTuple):
-    """An `Explained` with the method's weighted loss (None: the step did not ask for the loss)."""
-
-    logits: Tensor
-    maps: Tensor
-    classes: Tensor
-    prior_loss: Tensor | None = None
-
-
 class WithPrior(nn.Module):
     """A student's explainer together with a method's own modules: one forward pass of the student gives logits, map and
     the method's loss. `explainer` stays what is kept and scored."""
@@ -122,14 +113,14 @@ class WithPrior(nn.Module):
         differentiable: bool = False,
         explain: bool = True,
         beside: Beside | None = None,
-    ) -> ExplainedWithPrior:
+    ) -> Explained:
         with self._student.recording() as outputs:
             explained = self.explainer(images, classes, differentiable=differentiable, explain=explain)
         if beside is None:
-            return ExplainedWithPrior(explained.logits, explained.maps, explained.classes)
+            return explained
         seen = self._seen(self._student, outputs)
         loss = self.method(seen, beside.teacher, beside.rows, beside.epoch)
-        return ExplainedWithPrior(explained.logits, explained.maps, explained.classes, self.weight * loss)
+        return explained._replace(prior_loss=self.weight * loss)
 
     @torch.no_grad()
     def ask(
