@@ -17,7 +17,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-E2KD = [sys.executable, "-m", "cli"]
+E2KD = [sys.executable, "-P", "-m", "cli"]
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def teach(config: ConfigArg, set_: SetOpt = None, out: OutOpt = None, dry_run: D
     workspace.progress.say(f"taught: {workspace.layout.teacher}")
 
 
-@app.command(epilog="Example: torchrun --nproc-per-node 4 -m cli precompute configs/photos.yaml")
+@app.command(epilog="Example: torchrun --nproc-per-node 4 --no-python e2kd precompute configs/photos.yaml")
 def precompute(
     config: ConfigArg,
     set_: SetOpt = None,
@@ -306,6 +306,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that an ASCII terminal cannot show
     name_output()
+    # no Python that this process starts (torch's compiler, multiprocessing) runs a file of the current folder
+    os.environ["PYTHONSAFEPATH"] = "1"
     code = run_guarded(app)
     raise SystemExit(run_guarded(flush_output) or code)
 

@@ -74,8 +74,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def this_command(arguments: Sequence[str]) -> list[str]:
-    """The command line of another e2kd process."""
-    return [sys.executable, "-m", "cli", *arguments]
+    """The command line of another e2kd process, which runs no Python file of the current folder (`-P`)."""
+    return [sys.executable, "-P", "-m", "cli", *arguments]
 
 
 class _Processes:

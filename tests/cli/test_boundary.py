@@ -113,7 +113,7 @@ def test_weights_that_cannot_be_fetched_are_no_write_error(
     ids=lambda words: words[-1],
 )
 def test_an_output_on_a_full_disk(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "cli", *arguments]
+    command = [sys.executable, "-P", "-m", "cli", *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2, done.stderr
@@ -136,7 +136,7 @@ def test_a_name_that_is_too_long(e2kd: Any) -> None:
 
 def test_a_reader_that_closed_the_pipe_is_no_error() -> None:
     """As `e2kd doctor | head -1` does."""
-    command = [sys.executable, "-m", "cli", "distill", "configs/toybirds.yaml", "--dry-run"]
+    command = [sys.executable, "-P", "-m", "cli", "distill", "configs/toybirds.yaml", "--dry-run"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout is not None
     running.stdout.close()

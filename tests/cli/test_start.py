@@ -92,7 +92,7 @@ def test_a_bug_exits_1_with_its_traceback() -> None:
     ],
 )
 def test_mistakes_exit_2(arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "cli", *arguments]
+    command = [sys.executable, "-P", "-m", "cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
@@ -114,7 +114,7 @@ def test_mistakes_that_need_torch_are_a_sentence_too(
 
 
 def test_names_that_the_terminal_cannot_show_are_escaped() -> None:
-    command = [sys.executable, "-m", "cli", "pack", "configs/vögel.yaml"]
+    command = [sys.executable, "-P", "-m", "cli", "pack", "configs/vögel.yaml"]
     ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **ascii_only})
     assert done.returncode == 2
@@ -122,7 +122,16 @@ def test_names_that_the_terminal_cannot_show_are_escaped() -> None:
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cli", "pack", "configs/toyshapes-fewshot.yaml", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "cli",
+        "pack",
+        "configs/toyshapes-fewshot.yaml",
+        "--out",
+        str(tmp_path),
+    ]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     first = tmp_path / "images" / "teach" / "shard-000000.rows.json"
     while not first.exists() and running.poll() is None:
@@ -138,6 +147,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
 def test_dry_run_prints_the_resolved_config() -> None:
     command = [
         sys.executable,
+        "-P",
         "-m",
         "cli",
         "distill",

@@ -239,7 +239,7 @@ def test_ctrl_c_on_the_command_line(
 ) -> None:
     root, config = whole.fresh(tmp_path / "tiny"), tmp_path / "tiny.yaml"
     config.write_text(dump(experiment_of(**CHANGES)))
-    command = [sys.executable, "-m", "cli", "precompute", str(config), "--out", str(root)]
+    command = [sys.executable, "-P", "-m", "cli", "precompute", str(config), "--out", str(root)]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     first = store_of(root) / "commits" / "000000.json"
     while not first.exists() and running.poll() is None:

@@ -286,7 +286,17 @@ def _config(experiment: Experiment, folder: Path) -> Path:
 def test_two_processes_at_the_same_run_end_with_one_result(prepared: Layout, experiment_of: Tiny) -> None:
     experiment = experiment_of(train__epochs=2, train__rows=32, students={"kd": {}})
     config = _config(experiment, prepared.root.parent)
-    line = [sys.executable, "-m", "cli", "distill", str(config), "--out", str(prepared.root), "--no-report"]
+    line = [
+        sys.executable,
+        "-P",
+        "-m",
+        "cli",
+        "distill",
+        str(config),
+        "--out",
+        str(prepared.root),
+        "--no-report",
+    ]
     pair = [
         subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
     ]
