@@ -23,9 +23,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from artifacts.names import masked
+
 
 class E2kdError(Exception):
-    """Base class. A field is None if the place that raised the error does not know it.
+    """Base class. Passwords of URLs are in no message. A field is None if the place that raised the error does not
+    know it.
 
     path    the file, folder or URL
     shard   the number of a shard
@@ -48,8 +51,8 @@ class E2kdError(Exception):
         line: int | None = None,
         fields: Mapping[str, tuple[Any, Any]] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.path = None if path is None else str(path)
+        super().__init__(masked(message))
+        self.path = None if path is None else masked(str(path))
         self.shard, self.array, self.rows = shard, array, rows
         self.key, self.line = key, line
         self.fields = None if fields is None else dict(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,27 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in section.items():
         values |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return values
+
+
+_SECRET = re.compile(r"(?<=://)(?:[^\s/@:]*:(?!\d+/)\S*|[^\s/@]*)@|(?<=[?&;])([^\s=&;/]+)=[^\s&;#'\")]+")
+
+
+def masked(text: str) -> str:
+    """A text without the secrets of its URLs: user:password@ is gone, and values after ? stand as `...`."""
+    if "://" not in text:
+        return text
+    return _SECRET.sub(lambda found: f"{found[1]}=..." if found[1] else "", text)
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """What a message says of a value that came from a file: its repr, at most `most` letters and without secrets."""
+    text = masked(repr(value))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def file_name(path: str | None) -> str | None:
+    """The last part of a path: what is told to others of a file here, without folders and who they belong to."""
+    return None if path is None else path.rstrip("/").rpartition("/")[2]
 
 
 def in_file_name(split: str) -> str:

@@ -21,6 +21,7 @@ from artifacts import cache
 from artifacts.access import FULL, reading_from, writing_to
 from artifacts.durable import appearing, sweep, sync_folder
 from artifacts.errors import PlaceError, WriteError
+from artifacts.names import masked
 
 T = TypeVar("T")
 
@@ -41,7 +42,9 @@ class View(ABC):
 
 
 class Place(ABC):
-    """A folder of objects, named by relative paths with slashes. `str(place)` is its path or URL.
+    """A folder of objects, named by relative paths with slashes.
+
+    `url` is its path or URL; `str(place)`, for messages and reports, is that without passwords.
 
     Whatever reads raises PlaceError if the object cannot be reached, whatever writes WriteError or PlaceError.
     """
@@ -53,7 +56,7 @@ class Place(ABC):
         self._views: OrderedDict[tuple[str, str], View] = OrderedDict()
 
     def __str__(self) -> str:
-        return self.url
+        return masked(self.url)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": OrderedDict()}  # open files do not travel to other processes
@@ -210,7 +213,7 @@ class RemotePlace(Place):
                     **({"skip_instance_cache": True} if forked else {}),
                 )
             except (ImportError, ValueError) as error:
-                raise PlaceError(f"cannot open {self.url}: {error}", path=self.url) from None
+                raise PlaceError(f"cannot open {self}: {error}", path=self) from None
             self._process = os.getpid()
         return self._system
 
@@ -285,8 +288,8 @@ class RemotePlace(Place):
                 raise
             except PermissionError as error:
                 raise PlaceError(
-                    f"no access to {self.url}/{name} ({error}); check the credentials",
-                    path=f"{self.url}/{name}",
+                    f"no access to {self}/{name} ({error}); check the credentials",
+                    path=f"{self}/{name}",
                 ) from None
             # each protocol has its own
             except Exception as error:
@@ -295,9 +298,9 @@ class RemotePlace(Place):
                     raise
                 if attempt == ATTEMPTS:
                     raise PlaceError(
-                        f"{self.url}/{name} failed {ATTEMPTS} times ({type(error).__name__}: {error}); "
+                        f"{self}/{name} failed {ATTEMPTS} times ({type(error).__name__}: {error}); "
                         "check the address and the network, then run the same command again",
-                        path=f"{self.url}/{name}",
+                        path=f"{self}/{name}",
                     ) from error
             time.sleep(wait * (1 + random.random()))
             wait *= 2

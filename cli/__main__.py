@@ -1,5 +1,7 @@
-"""`python -P -m cli`: the command line as `--jobs` starts it. Without -P, Python looks for modules in the current folder
-first. Under torchrun it is the console script: `torchrun --no-python e2kd distill CONFIG`."""
+"""`python -P -m cli`: the command line as `--jobs` starts it. Without -P, modules of the current folder come first.
+
+torchrun starts the console script: `torchrun --no-python e2kd distill CONFIG`.
+"""
 
 from cli.main import main
 

@@ -121,7 +121,7 @@ def import_(source: str, images_url: str, store_url: str) -> None:
 
 
 def _verified(where: Place, is_images: bool, quick: bool, images_url: str | None) -> VerifyReport:
-    where = place(str(where))  # afresh: what was open before a repair is not what is there now
+    where = place(where.url)  # afresh: what was open before a repair is not what is there now
     beside = None if is_images else images_url or images_beside(where)
     with progress().bar(
         f"verify {str(where).rsplit('/', 1)[-1]}", _shards(where, is_images), "shard"

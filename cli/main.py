@@ -146,10 +146,16 @@ def report(
     out: OutOpt = None,
     dry_run: DryOpt = False,
 ) -> None:
-    """A Markdown table over students x splits, and a figure of maps and training curves."""
-    if os.path.isdir(config):
+    """A Markdown table over students x splits, and a figure of maps and training curves.
+
+    Of a folder, no URL is opened that its own config.yaml names: --set artifacts=URL says that it may be.
+    """
+    folder = os.path.isdir(config)
+    if folder:
         config, out = config / "config.yaml", out or config
-    _report(_open(config, set_, out, dry_run))
+    workspace = _open(config, set_, out, dry_run)
+    told = any(override.startswith("artifacts=") for override in set_ or ())
+    _report(workspace if told or not folder else workspace.here())
 
 
 @app.command(epilog="Example: e2kd inspect out/toybirds/stores/gradcam-centred/train --row 7 --png row.png")

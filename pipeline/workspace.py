@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from artifacts import ImageSet, TeacherStore, open_images, open_store
 from artifacts.errors import ConfigError, DataError, StoreError
-from artifacts.names import in_file_name
+from artifacts.names import in_file_name, masked
 from artifacts.places import LocalPlace, Place, Url, place
 from pipeline.config import Experiment, load
 from pipeline.progress import Progress, Quiet
@@ -120,6 +120,16 @@ class Workspace:
             )
         return cls.open(Layout(root).config, overrides, root, progress)
 
+    def here(self) -> Workspace:
+        """The same experiment without a URL of its config: image sets and stores are looked for in its folder."""
+        url = self.layout.shared
+        if url is None or "://" not in url:
+            return self
+        self.progress.say(
+            f"note: {masked(url)} is named by the folder and was not opened; if you trust it: --set artifacts=URL"
+        )
+        return Workspace(self.experiment, Layout(self.layout.root), None, self.progress)
+
     @cached_property
     def fabric(self) -> Fabric:
         """This process's devices, in fp32."""
@@ -187,14 +197,15 @@ def read_measured(beside: Place, name: str) -> dict[str, Any]:
 
 def stores_around(store: Url) -> Place:
     """The folder that holds a store: X/stores/NAME of X/stores/NAME/SPLIT, with what was measured about it."""
-    before, stores, after = str(place(store)).rstrip("/").rpartition("/stores/")
+    url = place(store).url.rstrip("/")
+    before, stores, after = url.rpartition("/stores/")
     name = after.partition("/")[0]
-    return place(f"{before}/stores/{name}") if stores else place(str(store).rstrip("/").rsplit("/", 1)[0])
+    return place(f"{before}/stores/{name}") if stores else place(url.rsplit("/", 1)[0])
 
 
 def images_beside(store: Url) -> Place | None:
     """The image set of a store: X/images/SPLIT of X/stores/NAME/SPLIT, if it is there. SPLIT may be NAME/train."""
-    before, stores, after = str(place(store)).rstrip("/").rpartition("/stores/")
+    before, stores, after = place(store).url.rstrip("/").rpartition("/stores/")
     split = after.partition("/")[2]
     if not stores or not split:
         return None
@@ -213,4 +224,4 @@ def _root(where: Place) -> Path | None:
 def _same(a: Place, b: Place) -> bool:
     if isinstance(a, LocalPlace) and isinstance(b, LocalPlace):
         return a.path.resolve() == b.path.resolve()
-    return str(a).rstrip("/") == str(b).rstrip("/")
+    return a.url.rstrip("/") == b.url.rstrip("/")

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError(
+            f"{name[:100]!r} is no name: it stands in paths, so at most 100 of A-Z, a-z, 0-9, _, - and, not first, ."
+        )
+    return name
+
+
+def _split(name: str) -> str:
+    data_set, slash, split = name.rpartition("/")
+    if slash:
+        _plain(data_set)
+    _plain(split)
+    return name
+
+
+PlainName = Annotated[str, AfterValidator(_plain)]
+"""A name that becomes a file's or a folder's: never a path, never `.` or `..`."""
+SplitName = Annotated[str, AfterValidator(_split)]
+"""A split of `data`, or NAME/SPLIT, a split of also.NAME."""
 
 
 class Settings(BaseModel):

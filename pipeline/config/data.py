@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from pipeline.config.base import Fraction, Positive, Seed, Settings
+from pipeline.config.base import Fraction, PlainName, Positive, Seed, Settings
 
 
 def _named(folder: Any) -> Any:
@@ -69,6 +69,11 @@ class Files(DataConfig):
         "stop", description="skip: leave unreadable images out and say which; one more pass over the files"
     )
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where the data set lies, the longest path first."""
+        return [self.root]
+
 
 class Folder(Files):
     """A folder of photographs: `train/` and `val/`, or class sub-folders, or flat and unlabelled."""
@@ -113,6 +118,12 @@ class Waterbirds(Files):
     source: Literal["waterbirds"]
     cub: Root | None = Field(None, description="CUB_200_2011, for its boxes (bounding_boxes.txt)")
 
+    @property
+    def folders(self) -> list[Path]:
+        # CUB's masks lie in its folder, or beside it
+        others = [self.cub, self.cub.parent] if self.cub else []
+        return sorted([self.root, *others], key=lambda folder: len(str(folder)), reverse=True)
+
 
 class Voc(Files):
     """PASCAL VOC (`VOCdevkit/VOC2007`), multi-label, with boxes: train, val, trainval, test."""
@@ -126,7 +137,9 @@ class WebShards(Files):
     """WebDataset tars below `root`: one pattern for each split, as `train-{000000..000015}.tar`."""
 
     source: Literal["webdataset"]
-    shards: dict[str, str] = Field(min_length=1, description="split: a file, a glob, or a brace pattern")
+    shards: dict[PlainName, str] = Field(
+        min_length=1, description="split: a file, a glob, or a brace pattern"
+    )
     classes: tuple[str, ...] = Field(
         (), description="class names by label; default: as many as the labels say"
     )

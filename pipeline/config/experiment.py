@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.config.base import Natural, Positive, Seed, Settings, classes_by_name
+from pipeline.config.base import Natural, PlainName, Positive, Seed, Settings, SplitName, classes_by_name
 from pipeline.config.explain import Auto, ExplainConfig
 from pipeline.config.grid import Candidate, candidates
 from pipeline.config.models import explained_by
@@ -60,7 +60,7 @@ else:
 class StoreConfig(Settings):
     """How the teacher's answers are stored."""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="default: explainer and logit")
+    name: PlainName | None = Field(None, description="default: explainer and logit")
     maps: Literal["auto", "fp16", "int8", "int6", "int5", "lossless"] = Field(
         "auto", description="auto: the explainer's own, fp16 for GradCAM, int6 for B-cos"
     )
@@ -72,8 +72,8 @@ class StoreConfig(Settings):
 class EvaluateConfig(Settings):
     """Which packed splits are scored; `select` chooses epochs (and, by you, settings) and is reported apart."""
 
-    splits: tuple[str, ...] = Field(("test",), min_length=1)
-    select: str | None = "val"
+    splits: tuple[SplitName, ...] = Field(("test",), min_length=1)
+    select: SplitName | None = "val"
     select_by: Score | None = Field(
         None,
         description="the score that chooses among a sweep's runs; default: f1, accuracy or agreement, by the labels",
@@ -85,7 +85,7 @@ class EvaluateConfig(Settings):
     batch_size: Positive = 250
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)]
 
 
 class Experiment(Settings):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -17,6 +19,8 @@ from pydantic import BaseModel
 from pipeline.config.problems import did_you_mean, unknown_key
 from pipeline.config.training import StudentConfig
 
+MOST = 1000
+"""Candidates of all sweeps of a config together."""
 LONGEST = 200
 """Letters of a candidate's name, which is a folder's."""
 
@@ -86,7 +90,17 @@ def overridden(own: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 def wrong(students: Mapping[str, Any], sweep: Mapping[str, Any]) -> list[str]:
     """The problems of a config's sweep, a sentence each."""
+    count = sum(_size(grid) for grid in sweep.values())
+    if count > MOST:
+        return [f"sweep: asks for {count:.4g} students, {MOST} at most are trained; sweep fewer values"]
     return [problem for name, grid in sweep.items() for problem in _wrong_grid(str(name), grid, students)]
+
+
+def _size(grid: Any) -> float:
+    """How many combinations a grid has; 0 for what is none, infinity for more than a float can say."""
+    if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) for values in grid.values()):
+        return 0
+    return math.prod(float(len(values)) for values in grid.values())
 
 
 def _overridden(own: StudentConfig, overrides: Mapping[str, Any]) -> StudentConfig:
@@ -118,13 +132,13 @@ def _wrong_values(name: str, key: str, values: Sequence[Any]) -> list[str]:
         return [unknown]
     if not labels:
         return [f"{location}: has no values"]
-    bad = [text for text in labels if not text or set(text) & set("/,=\n")]
+    bad = [text for text in labels if not text.isprintable() or not text or set(text) & set("/,=")]
     if bad:
         return [
-            f"{location}: {bad[0]!r} cannot be swept, values stand in folder names: no / , = and not empty"
+            f"{location}: {bad[0][:100]!r} cannot be swept, values stand in folder names: no / , = and not empty"
         ]
-    twice = [text for text in labels if labels.count(text) > 1]
-    return [f"{location}: {twice[0]} stands there twice"] if twice else []
+    twice = [text for text, times in Counter(labels).items() if times > 1]
+    return [f"{location}: {twice[0][:100]} stands there twice"] if twice else []
 
 
 def _unknown(location: str, key: str) -> str | None:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from artifacts.errors import ConfigError
+from artifacts.names import masked
 from pipeline.config.base import Settings
 from pipeline.config.experiment import EXPLAIN_SETTINGS, Experiment
 from pipeline.config.grid import combinations, overridden, wrong
@@ -72,8 +73,11 @@ def _sentence(problem: Any) -> str:
 
 
 def dump(settings: Settings) -> str:
-    """The resolved settings as YAML, in the order of the class."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=100)
+    """The resolved settings as YAML, in the order of the class; a URL of artifacts without its password."""
+    values = settings.model_dump(mode="json")
+    if values.get("artifacts"):
+        values["artifacts"] = masked(values["artifacts"])
+    return yaml.safe_dump(values, sort_keys=False, width=100)
 
 
 class _OnceEach(yaml.SafeLoader):

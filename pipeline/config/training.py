@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Fraction, NonNegative, Positive, Seed, Settings
+from pipeline.config.base import Fraction, NonNegative, Positive, Seed, Settings, SplitName
 from pipeline.config.models import FAMILIES
 
 
@@ -118,7 +118,7 @@ class GuideConfig(Settings):
 class TeachConfig(Schedule):
     """How `e2kd teach` trains the teacher: on the labels of `split`, optionally guided."""
 
-    split: str = "train"
+    split: SplitName = "train"
     seed: Seed = Field(
         1000,
         description="other than the students' seeds: with the same one, equal networks begin with equal weights",
@@ -195,7 +195,7 @@ class PriorConfig(Settings):
 class StudentConfig(Schedule, ModelConfig):
     """One student: its architecture, its data, its loss (paper Eq. 2) and its schedule."""
 
-    split: str = "train"
+    split: SplitName = "train"
     rows: Positive | None = Field(None, description="use the first rows of the split only")
     shots: Positive | None = Field(None, description="use the first n images of each class only")
     loss: Literal["ce", "bce", "kd", "l2d"] = Field(

@@ -65,7 +65,7 @@ def _opened(workspace: Workspace, data: DataConfig, split: str, folder: str, pro
     if not isinstance(data, Files) or data.on_bad_image == "stop":
         return open_source(data, split, side)
     beside = workspace.layout.artifacts / f"images/{folder}"
-    unreadable = UnreadableImages(beside, side, progress, split, _begun(data, split, beside))
+    unreadable = UnreadableImages(beside, data.folders, side, progress, split, _begun(data, split, beside))
     return open_source(data, split, side, unreadable)
 
 

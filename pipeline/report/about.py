@@ -9,7 +9,7 @@ from typing import Any
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.errors import E2kdError
-from artifacts.names import flat
+from artifacts.names import file_name, flat
 from pipeline.config import Experiment, StudentConfig
 from pipeline.data.batches import batches_per_epoch
 from pipeline.data.protocol import select_rows
@@ -68,7 +68,8 @@ def _in_use(settings: StudentConfig) -> dict[str, Any]:
     """A student's settings by dotted key, without those that its losses do not look at."""
     idle = {"mode"} if not settings.needs_teacher else set()
     idle |= {"temperature"} if settings.loss != "kd" else set()
-    return {key: value for key, value in flat(settings.model_dump(mode="json")).items() if key not in idle}
+    said = flat(settings.model_dump(mode="json")) | {"weights": file_name(settings.weights)}
+    return {key: value for key, value in said.items() if key not in idle}
 
 
 def run_costs(results: Results) -> Table:
@@ -113,8 +114,8 @@ def passes(results: Results) -> str:
 def _teacher(experiment: Experiment) -> str:
     teacher = experiment.teacher
     guide = teacher.train.guide if teacher.train else None
-    begun = f" from {teacher.train.init}" if teacher.train and teacher.train.init else ""
-    origin = f"weights {teacher.weights}" if teacher.weights else f"trained here{begun}"
+    begun = f" from {file_name(teacher.train.init)}" if teacher.train and teacher.train.init else ""
+    origin = f"weights {file_name(teacher.weights)}" if teacher.weights else f"trained here{begun}"
     guided = f", guided by {guide.by} ({guide.loss}, weight {guide.weight:g})" if guide else ""
     return f"{teacher.model}, {origin}{guided}"
 
@@ -122,7 +123,7 @@ def _teacher(experiment: Experiment) -> str:
 def _data(experiment: Experiment) -> str:
     data = experiment.data.model_dump(mode="json", exclude_defaults=True)
     settings = ", ".join(
-        f"{key} {_value(value)}" for key, value in data.items() if key not in ("source", "root")
+        f"{key} {_value(value)}" for key, value in data.items() if key not in ("source", "root", "cub")
     )
     view = f"{experiment.view.size} x {experiment.view.size} px"
     return f"{experiment.data.source}{f' ({settings})' if settings else ''}, canonical view {view}"

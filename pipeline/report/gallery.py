@@ -57,7 +57,11 @@ def draw_gallery(results: Results, folder: Path) -> list[Block]:
         try:
             examples, answers = _ask(results, split)
         except E2kdError as error:
-            blocks.append(Text(f"No maps of {split} are shown: {error}"))
+            # the reason may name folders and people: it is for whoever makes the report, not for who reads it
+            results.workspace.progress.say(f"no maps of {split} are shown: {error}")
+            blocks.append(
+                Text(f"No maps of {split} are shown: its images, its store or a student cannot be used.")
+            )
             continue
         file = f"maps-{in_file_name(split)}.png"
         draw_examples(examples, answers, folder / file)

@@ -12,7 +12,7 @@ import yaml
 
 from artifacts.access import reading_from
 from artifacts.errors import ConfigError
-from artifacts.names import flat
+from artifacts.names import file_name, flat, shown
 from pipeline.config import StudentConfig
 from pipeline.evaluate.scores import read_samples, samples_file
 from pipeline.evaluate.students import scored_elsewhere
@@ -85,7 +85,8 @@ class Results:
             for seed in self.results[method.name]:
                 differing = method.runs[seed].differing(run_settings(self.experiment, method.student))
                 said = "; ".join(
-                    f"{key}: run {old!r}, config {new!r}" for key, (old, new) in differing.items()
+                    f"{key}: run {_told(key, old)}, config {_told(key, new)}"
+                    for key, (old, new) in differing.items()
                 )
                 found += [f"{method.student} seed {seed} ({said})"] if said else []
         return found
@@ -107,7 +108,7 @@ class Results:
             made = flat(yaml.safe_load(self.layout.config.read_text()))
         own = flat(self.experiment.model_dump(mode="json"))
         return [
-            f"{key}: made {made[key]!r}, config {own[key]!r}"
+            f"{key}: made {_told(key, made[key])}, config {_told(key, own[key])}"
             for key in own
             if key.startswith(STAGE_1) and key not in ELSEWHERE and key in made and made[key] != own[key]
         ]
@@ -212,6 +213,12 @@ def methods(workspace: Workspace) -> list[Method]:
         candidates = tuple(Candidate(*pair) for pair in choice.scores.items())
         rows.append(Method(name, student, candidates, frozenset(experiment.sweep.get(name, ())), runs))
     return rows
+
+
+def _told(key: str, value: Any) -> str:
+    """A setting's value in the report, which others read: of a file of weights its name alone."""
+    last = key.rpartition(".")[2]
+    return shown(file_name(value) if last in ("weights", "init") and isinstance(value, str) else value)
 
 
 def _score(result: Mapping[str, Any], split: str, metric: str) -> float | None:

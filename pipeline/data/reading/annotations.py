@@ -5,7 +5,6 @@ An error names the place: the file and the line, member or row.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from artifacts.errors import DataError
+from pipeline.data.reading.regular import regular_size
 from pipeline.data.source import Label
 
 MOST = 2**17
@@ -80,11 +80,11 @@ def numbered(labels: Iterable[Label]) -> list[str]:
 
 
 def size_below(root: Path, name: str, at: At) -> int:
-    """Bytes of a file that a table names below `root`. Raises DataError if it is missing or outside."""
+    """Bytes of a file that a list names below `root`. Raises DataError if it is missing, outside or a FIFO."""
     if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise at.wrong(f" names {name!r}, which is not a file below {root}; correct it")
     try:
-        return os.stat(root / name).st_size
+        return regular_size(root / name)
     # a NUL, or half a surrogate pair
     except ValueError:
         raise at.wrong(f" names {name!r}, which no file can be called; correct it") from None

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from artifacts.errors import DataError
 from pipeline.data.reading.photo import SUFFIXES
+from pipeline.data.reading.regular import regular_size
 
 
 def text_of(file: Path, mend: str) -> str:
     """Raises DataError, which ends with `mend`, if the file is missing or not UTF-8."""
     try:
+        regular_size(file)
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -28,16 +30,6 @@ def each_once(names: Iterable[str], file: Path) -> list[str]:
     if twice is not None:
         raise DataError(f"{file} names {twice} twice; remove one line", path=file, key=twice)
     return found
-
-
-def size_of(file: Path, named_by: Path) -> int:
-    """Bytes of a file that a list names. Raises DataError if it does not exist."""
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        raise DataError(
-            f"{named_by} names {file}, which does not exist; unpack the data set again", path=file
-        ) from None
 
 
 def folders_in(folder: Path, mend: str) -> list[str]:
@@ -60,9 +52,9 @@ def images_in(folder: Path, on_bad_image: str) -> Iterator[tuple[str, int]]:
 
 
 def image_size(image: os.DirEntry[str] | Path, on_bad_image: str) -> int:
-    """Bytes. A link to nowhere is a DataError, or 0 if unreadable images are left out (`skip`)."""
+    """Bytes. A link to nowhere, or a FIFO, is a DataError, or 0 if unreadable images are left out (`skip`)."""
     try:
-        return image.stat().st_size
+        return regular_size(image)
     except OSError as error:
         if on_bad_image == "skip":
             return 0

@@ -12,15 +12,22 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from artifacts.errors import ConfigError, DataError
+from pipeline.data.reading.regular import regular_size
 
 CACHE_BYTES = 2**30
+LEAST_ROW = 8
+"""Bytes of a file per row, at least: an image takes more, however it is compressed."""
+MOST_GROWTH, SMALL = 16, 2**26
+"""A column takes at most so many times its file's bytes in memory; it may take SMALL bytes in any case."""
+BATCH = 256
+"""Rows that are decoded together."""
 
 
 def pyarrow_parquet() -> Any:
@@ -58,6 +65,7 @@ class ParquetFile:
         with opened(path) as file:
             about, self._schema = file.metadata, file.schema_arrow
             sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        _check_rows(sizes, path)
         self._ends = list(accumulate(sizes))
         self._column(image, "data.image")
 
@@ -69,15 +77,15 @@ class ParquetFile:
         try:
             about = json.loads((self._schema.metadata or {}).get(b"huggingface", b"{}"))
             return _names(about["info"]["features"][label])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def values(self, column: str) -> list[Any]:
         """The column of all rows, as Python values."""
         self._column(column, "data.label")
         with opened(self.path) as file:
-            values: list[Any] = file.read(columns=[column]).column(column).to_pylist()
-        return values
+            batches = read_bounded(file, self.path, column, list(range(file.metadata.num_row_groups)))
+        return [value for batch in batches for value in batch.to_pylist()]
 
     def encoded(self, row: int) -> bytes:
         """The image of a row as its file was. Raises DataError if the row has no bytes."""
@@ -119,11 +127,49 @@ class GroupCache:
         found = self._groups.pop((path, group), None)
         if found is None:
             with opened(path) as file:
-                found = file.read_row_group(group, columns=[column]).column(column)
+                batches = read_bounded(file, path, column, [group])
+            found = importlib.import_module("pyarrow").chunked_array(batches) if batches else []
         self._groups[path, group] = found
         while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > self._most:
             self._groups.popitem(last=False)
         return found
+
+
+def _check_rows(sizes: Sequence[int], path: Path) -> None:
+    """Raises DataError for more rows than images can be in the file, and for row groups without rows or below 0."""
+    bytes_, rows = path.stat().st_size, sum(sizes)
+    if any(size < 0 for size in sizes) or rows * LEAST_ROW > bytes_:
+        raise DataError(
+            f"{path} says that it has {rows:,} rows in {bytes_:,} bytes, which no images are; download it again",
+            path=path,
+        )
+
+
+def read_bounded(file: Any, path: Path, column: str, groups: list[int]) -> list[Any]:
+    """A column of some row groups, as pyarrow arrays. Raises DataError if it grows by more than images and labels do:
+    a few bytes can stand for gigabytes."""
+    most = max(MOST_GROWTH * path.stat().st_size, SMALL)
+    claimed = sum(
+        about.total_uncompressed_size
+        for group in groups
+        for place in range(file.metadata.row_group(group).num_columns)
+        if (about := file.metadata.row_group(group).column(place)).path_in_schema.split(".")[0] == column
+    )
+    batches, taken = [], 0
+    if 0 <= claimed <= most:
+        for batch in file.iter_batches(BATCH, row_groups=groups, columns=[column], use_threads=False):
+            batches.append(batch.column(column))
+            taken += batches[-1].nbytes
+            if taken > most:
+                break
+    if not 0 <= claimed <= most or taken > most:
+        raise DataError(
+            f"{path}: the column {column} takes more than {most:,} bytes in memory, far more than its file; export "
+            "the data set again",
+            path=path,
+            key=column,
+        )
+    return batches
 
 
 @contextmanager
@@ -131,6 +177,7 @@ def opened(path: Path) -> Iterator[Any]:
     """A pyarrow ParquetFile. Raises DataError naming a damaged file."""
     parquet, arrow = pyarrow_parquet(), importlib.import_module("pyarrow")
     try:
+        regular_size(path)
         with parquet.ParquetFile(path) as file:
             yield file
     except (arrow.ArrowException, OSError) as error:

@@ -12,9 +12,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from artifacts.errors import DataError
+from pipeline.data.reading.regular import regular_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 FORMATS = ("JPEG", "PNG", "WEBP")  # other decoders stay shut, whatever a file is called
+MOST_PIXELS = 2**26
+"""Of an image before it is decoded: 8,192 x 8,192. A few kilobytes can say more, and take gigabytes."""
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -43,18 +46,25 @@ def decode_photo(data: bytes, name: str, shorter_side: int | None = None) -> Ima
 def read_mask(file: Path | io.BytesIO, name: str, size: tuple[int, int]) -> Image.Image:
     """Mode L, 0..255. Raises DataError naming the file, also if its size is not `size` (width, height) px."""
     try:
+        _check_regular(file)
         with Image.open(file, formats=("PNG",)) as image:
-            mask = image.convert("L")
+            if image.size != size:
+                found, wanted = (f"{width} x {height}" for width, height in (image.size, size))
+                raise DataError(
+                    f"the mask {name} has {found} px, its image {wanted}; replace the mask",
+                    path=_path(file, name),
+                )
+            return image.convert("L")
     except UNREADABLE as error:
         raise DataError(
             f"cannot read the mask {name} ({error}); remove or replace it", path=_path(file, name)
         ) from error
-    if mask.size != size:
-        found, wanted = (f"{width} x {height}" for width, height in (mask.size, size))
-        raise DataError(
-            f"the mask {name} has {found} px, its image {wanted}; replace the mask", path=_path(file, name)
-        )
-    return mask
+
+
+def _check_regular(file: Path | io.BytesIO) -> None:
+    """Raises OSError for a FIFO, a device, a socket or a folder."""
+    if isinstance(file, Path):
+        regular_size(file)
 
 
 def _read(file: Path | io.BytesIO, name: str, shorter_side: int | None) -> Image.Image:
@@ -78,7 +88,10 @@ def _path(file: Path | io.BytesIO, name: str) -> Path | str:
 
 
 def _decode(file: Path | io.BytesIO, shorter_side: int | None) -> Image.Image:
+    _check_regular(file)
     with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} px, more than {MOST_PIXELS:,} in all")
         if shorter_side is not None:
             image.draft(None, (2 * shorter_side, 2 * shorter_side))
         return to_rgb(ImageOps.exif_transpose(image))

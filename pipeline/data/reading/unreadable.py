@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from artifacts.errors import DataError
 from artifacts.names import in_file_name
@@ -26,14 +27,16 @@ AT_ONCE = 1024
 class UnreadableImages:
     """Decodes every image of a published split once; what it found lies in `where`/unreadable-<split>.json.
 
-    That file counts for the same names, sizes and `shorter_side` (the view's, in px) only. Where packing begins anew
-    the images that it names are read again: one may have been repaired.
+    It names files below `folders`, the data set's own, which are not told: the file is exchanged. It counts for the
+    same names, sizes and `shorter_side` (the view's, in px) only. If packing begins anew the images that it names are
+    read again: one may have been repaired.
 
     packing     the split that is packed: the published one, or one that is cut from it
     begun       those of them whose packing has begun, or is finished: their rows stay as they are
     """
 
     where: Place
+    folders: Sequence[Path]
     shorter_side: int | None
     progress: Progress
     packing: str
@@ -102,8 +105,15 @@ class UnreadableImages:
     def _of(self, entries: Sequence[Entry], listing: Listing, threads: ThreadPoolExecutor) -> dict[str, str]:
         problems = threads.map(lambda entry: _problem(entry, listing, self.shorter_side), entries)
         return {
-            entry.id: problem for entry, problem in zip(entries, problems, strict=True) if problem is not None
+            entry.id: self._below(problem)
+            for entry, problem in zip(entries, problems, strict=True)
+            if problem is not None
         }
+
+    def _below(self, problem: str) -> str:
+        for folder in self.folders:
+            problem = problem.replace(f"{folder}/", "")
+        return problem
 
 
 @contextmanager

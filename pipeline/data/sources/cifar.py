@@ -16,6 +16,7 @@ from artifacts.errors import DataError
 from pipeline.config.data import Cifar
 from pipeline.data.reading.files import text_of
 from pipeline.data.reading.listing import Entry, Listing
+from pipeline.data.reading.regular import is_regular, regular_size
 
 PIXELS = 3 * 32 * 32
 
@@ -104,7 +105,7 @@ def _files(data: Cifar, split: str) -> tuple[str, ...]:
 
 def _records(file: Path, layout: Layout, classes: list[str]) -> np.ndarray:
     """u8 [images, record], mapped from the file. Raises DataError for a wrong size and a label without a class."""
-    size, length = layout.before + PIXELS, file.stat().st_size if file.exists() else 0
+    size, length = layout.before + PIXELS, regular_size(file) if is_regular(file) else 0
     if not length:
         raise DataError(f"{file} is missing or empty; {_mend(layout)}", path=file)
     if length % size:

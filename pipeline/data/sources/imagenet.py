@@ -22,6 +22,7 @@ from pipeline.config.data import ImageNet
 from pipeline.data.reading.files import folders_in, images_in, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo
+from pipeline.data.reading.regular import regular_size
 
 MEND = "set data.root to the folder that has ImageNet's train/ and val/"
 
@@ -136,6 +137,7 @@ def _wnids_by_number(file: Path) -> dict[str, str]:
     except ImportError:
         raise ConfigError(f"reading {file} needs scipy: pip install 'e2kd[imagenet]'", path=file) from None
     try:
+        regular_size(file)
         synsets = loadmat(file, squeeze_me=True)["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
     except (OSError, ValueError, KeyError, TypeError, IndexError, NotImplementedError, MatReadError) as error:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config.data import Sun397
-from pipeline.data.reading.files import each_once, size_of, text_of
+from pipeline.data.reading.annotations import At, size_below
+from pipeline.data.reading.files import each_once, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo
 
@@ -39,7 +40,7 @@ def open_listing(data: Sun397, split: str) -> Listing:
                 path=file,
                 key=line,
             )
-        entries.append(Entry(path, size_of(data.root / path, file), labels[name]))
+        entries.append(Entry(path, size_below(data.root, path, At(file)), labels[name]))
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
         return read_photo(data.root / entry.id, shorter_side)

@@ -18,7 +18,8 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config.data import TinyImageNet
-from pipeline.data.reading.files import each_once, size_of, text_of
+from pipeline.data.reading.annotations import At, size_below
+from pipeline.data.reading.files import each_once, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo
 
@@ -57,11 +58,15 @@ def _check_inside(entry: Entry, size: tuple[int, int], root: Path) -> None:
 
 
 def _wnids(data: TinyImageNet) -> list[str]:
-    found = each_once(text_of(data.root / "wnids.txt", MEND).split(), data.root / "wnids.txt")
+    file = data.root / "wnids.txt"
+    found = each_once(text_of(file, MEND).split(), file)
+    wrong = next((wnid for wnid in found if not wnid.isalnum()), None)
+    if wrong is not None:
+        raise At(file, key=wrong).wrong(": is no wnid, as n01443537; correct it")
     if data.classes is not None and data.classes > len(found):
         raise DataError(
-            f"{data.root / 'wnids.txt'} has {len(found)} classes, data.classes asks for {data.classes}",
-            path=data.root / "wnids.txt",
+            f"{file} has {len(found)} classes, data.classes asks for {data.classes}",
+            path=file,
             key="data.classes",
         )
     return found[: data.classes]
@@ -115,7 +120,7 @@ def _entry(root: Path, path: str, label: int, corners: list[str], source: Path) 
             key=path,
         )
     box = np.array([[label, x0, y0, x1 + 1, y1 + 1]], np.float32)
-    return Entry(path, size_of(root / path, source), label, boxes=box)
+    return Entry(path, size_below(root, path, At(source)), label, boxes=box)
 
 
 def _rows(file: Path, fields: int) -> list[list[str]]:

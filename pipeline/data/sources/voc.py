@@ -11,7 +11,6 @@ objects; with `difficult: drop` it may be empty, and the image stays.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 from artifacts.errors import DataError
 from pipeline.config.data import Voc
+from pipeline.data.reading.annotations import At, size_below
 from pipeline.data.reading.files import each_once, text_of
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import read_photo
@@ -63,7 +63,8 @@ def split_names(data: Voc) -> list[str]:
 
 def open_listing(data: Voc, split: str) -> Listing:
     base, keep = _base(data), data.difficult == "keep"
-    found = {name: _annotated(base, name, keep) for name in _listed(base / f"ImageSets/Main/{split}.txt")}
+    listed = base / f"ImageSets/Main/{split}.txt"
+    found = {name: _annotated(base, listed, name, keep) for name in _listed(listed)}
     sizes = {entry.id: size for entry, size in found.values()}
 
     def read(entry: Entry, shorter_side: int | None) -> Image.Image:
@@ -102,15 +103,12 @@ def _listed(file: Path) -> list[str]:
     return each_once((line.split()[0] for line in text_of(file, MEND).splitlines() if line.strip()), file)
 
 
-def _annotated(base: Path, name: str, keep_difficult: bool) -> tuple[Entry, tuple[float, float]]:
-    """An image, and the (width, height) in px that its annotation says."""
+def _annotated(
+    base: Path, listed: Path, name: str, keep_difficult: bool
+) -> tuple[Entry, tuple[float, float]]:
+    """An image that `listed` names, and the (width, height) in px that its annotation says."""
     path, file = f"JPEGImages/{name}.jpg", base / "Annotations" / f"{name}.xml"
-    try:
-        size = os.stat(base / path).st_size
-    except OSError as error:
-        raise DataError(
-            f"cannot read the image {base / path} ({error.strerror}); unpack VOC again", path=base / path
-        ) from None
+    size = size_below(base, path, At(listed))
     annotation = _parse(file)
     width, height = (_number(annotation, f"size/{side}", file) for side in ("width", "height"))
     boxes = _boxes(annotation, width, height, file, keep_difficult)

@@ -31,12 +31,20 @@ from pipeline.config.data import WebShards
 from pipeline.data.reading.annotations import At, boxes_of, check_range, label_of, numbered
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.data.reading.photo import decode_photo, read_mask
+from pipeline.data.reading.regular import is_regular
 from pipeline.data.source import Label
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MASK = "mask.png"
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 """A sample's name and an extension, as WebDataset cuts them."""
+RANGE = re.compile(r"\{(-?[0-9]+|[A-Za-z])\.\.(-?[0-9]+|[A-Za-z])(?:\.\.-?[0-9]+)?\}")
+LETTERS = 52
+"""At most in a range as {a..Z}."""
+MOST_TARS, MOST_BRACES, LONGEST = 100_000, 8, 1000
+"""Names, pairs of braces and letters of a split's pattern."""
+MOST_SAID = 2**20
+"""Bytes of a sample's .cls or .json."""
 META = re.compile(r"__[^/]*__($|/)")
 """WebDataset's own members."""
 
@@ -139,22 +147,10 @@ def _samples(data: WebShards, split: str) -> Iterator[tuple[str, Sample]]:
 
 def _tars(data: WebShards, split: str) -> list[str]:
     """Names below the root, in order. Raises DataError if a file is missing or a pattern fits none."""
-    from braceexpand import braceexpand  # comes with webdataset
-
     pattern = data.shards[split]
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise ConfigError(
-            f"data.shards.{split}: {pattern!r} is not below data.root; give tars below it",
-            key=f"data.shards.{split}",
-        )
-    try:
-        names = [name for part in braceexpand(pattern) for name in _matching(data.root, part)]
-    except ValueError:
-        raise ConfigError(
-            f"data.shards.{split}: the braces of {pattern!r} do not match; correct them",
-            key=f"data.shards.{split}",
-        ) from None
-    missing = next((name for name in names if not (data.root / name).is_file()), None)
+    parts = _expanded(pattern, f"data.shards.{split}")
+    names = [name for part in parts for name in _matching(data.root, part)]
+    missing = next((name for name in names if not is_regular(data.root / name)), None)
     if missing or not names:
         raise DataError(
             f"{data.root / (missing or pattern)} does not exist; set data.root and data.shards.{split} to the tars",
@@ -162,6 +158,41 @@ def _tars(data: WebShards, split: str) -> list[str]:
             key=f"data.shards.{split}",
         )
     return list(dict.fromkeys(names))
+
+
+def _expanded(pattern: str, key: str) -> list[str]:
+    """The names or globs that a pattern stands for. Raises ConfigError if they are too many, or not below the root."""
+    from braceexpand import braceexpand  # comes with webdataset
+
+    if len(pattern) > LONGEST or pattern.count("{") > MOST_BRACES or _count(pattern) > MOST_TARS:
+        raise ConfigError(
+            f"{key}: {pattern[:100]!r} is too much: {MOST_TARS:,} names, {MOST_BRACES} pairs of braces and {LONGEST} "
+            "letters at most; use a glob, as train-*.tar",
+            key=key,
+        )
+    try:
+        parts = list(braceexpand(pattern))
+    except ValueError:
+        raise ConfigError(f"{key}: the braces of {pattern!r} do not match; correct them", key=key) from None
+    outside = next((part for part in parts if Path(part).is_absolute() or ".." in Path(part).parts), None)
+    if outside is not None or any("\0" in part for part in parts):
+        raise ConfigError(f"{key}: {pattern!r} is not below data.root; give tars below it", key=key)
+    return parts
+
+
+def _count(pattern: str) -> int:
+    """At least as many as the names that a brace pattern stands for; counted without making one."""
+    count, commas = 1, [0]
+    for letter in pattern:
+        if letter == "{":
+            commas.append(0)
+        elif letter == ",":
+            commas[-1] += 1
+        elif letter == "}" and len(commas) > 1:
+            count *= commas.pop() + 1
+    for first, last in RANGE.findall(pattern):
+        count *= abs(int(last) - int(first)) + 1 if first.lstrip("-").isdigit() else LETTERS
+    return count
 
 
 def _matching(root: Path, name: str) -> list[str]:
@@ -204,7 +235,12 @@ def _pieces(tar: Path) -> Iterator[tuple[str, str, Piece]]:
 
 
 def _piece(archive: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> Piece:
-    file = archive.extractfile(member) if extension in ("cls", "json") else None
+    said = extension in ("cls", "json")
+    if said and member.size > MOST_SAID:
+        raise tarfile.ReadError(
+            f"{member.name} has {member.size} bytes, {MOST_SAID} at most are an annotation"
+        )
+    file = archive.extractfile(member) if said else None
     return Piece(member.name, member.offset_data, member.size, None if file is None else file.read())
 
 

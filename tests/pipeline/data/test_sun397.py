@@ -78,7 +78,9 @@ def test_an_empty_class_list(root: Path) -> None:
 
 def test_a_missing_image_is_named_with_its_list(root: Path) -> None:
     (root / TEST[1][1:]).unlink()
-    with pytest.raises(DataError, match=r"Testing_01\.txt names .*a/abbey/sun_4\.jpg, which does not exist"):
+    with pytest.raises(
+        DataError, match=r"Testing_01\.txt names .*a/abbey/sun_4\.jpg, which cannot be read \(No such"
+    ):
         open_source(data(root), "test")
 
 

@@ -105,7 +105,9 @@ def test_more_classes_than_there_are(root: Path) -> None:
 
 def test_missing_files_are_named(root: Path) -> None:
     (root / f"train/{WNIDS[1]}/images/{WNIDS[1]}_2.JPEG").unlink()
-    with pytest.raises(DataError, match=r"n01000000_boxes\.txt names .*n01000000_2\.JPEG, which does not"):
+    with pytest.raises(
+        DataError, match=r"n01000000_boxes\.txt names .*n01000000_2\.JPEG, which cannot be read"
+    ):
         open_source(data(root), "train")
     (root / f"train/{WNIDS[0]}/{WNIDS[0]}_boxes.txt").unlink()
     with pytest.raises(DataError, match=r"cannot read .*n03000000_boxes\.txt"):
@@ -123,7 +125,7 @@ def test_missing_files_are_named(root: Path) -> None:
         ("val_0.JPEG\tn03000000\t0\tx\t63\t63", r"the box of val_0\.JPEG is not four numbers: 0 x 63 63"),
         ("val_0.JPEG\tn03000000\t40\t0\t30\t63", r"the box of val_0\.JPEG is empty: 40 0 30 63"),
         ("val_0.JPEG\tn03000000\t0\t0\tnan\t63", r"the box of val_0\.JPEG is empty: 0 0 nan 63"),
-        ("val_9.JPEG\tn03000000\t0\t0\t63\t63", r"names .*val_9\.JPEG, which does not exist"),
+        ("val_9.JPEG\tn03000000\t0\t0\t63\t63", r"names .*val_9\.JPEG, which cannot be read \(No such"),
     ],
 )
 def test_wrong_annotations(root: Path, row: str, said: str) -> None:

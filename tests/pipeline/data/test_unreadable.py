@@ -221,7 +221,7 @@ def test_masks_are_read_too_and_the_warning_filters_are_left_alone(tmp_path: Pat
     before = list(warnings.filters)
     listing = Listing(["a"], [Entry(str(number), 1, 0) for number in range(3000)], read, mask)
     told = Told()
-    found = UnreadableImages(place(tmp_path), 16, told, "train/extra")("train/extra", listing)
+    found = UnreadableImages(place(tmp_path), [tmp_path], 16, told, "train/extra")("train/extra", listing)
     assert found == ["7"]
     assert told.counts == {"check train/extra": 3000}
     assert (tmp_path / "unreadable-train--extra.json").exists()
