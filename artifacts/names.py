@@ -17,6 +17,20 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0, DEL and C1, which command terminals; marks that turn the direction of text; halves of surrogate pairs."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text whose control characters, but those in `keep`, stand there as `\\x1b` or `\\u202e`."""
+
+    def shown(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return found[0] if found[0] in keep else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _CONTROLS.sub(shown, text)
+
+
 _SECRET = re.compile(r"(?<=://)(?:[^\s/@:]*:(?!\d+/)\S*|[^\s/@]*)@|(?<=[?&;])([^\s=&;/]+)=[^\s&;#'\")]+")
 
 
@@ -25,6 +39,15 @@ def masked(text: str) -> str:
     if "://" not in text:
         return text
     return _SECRET.sub(lambda found: f"{found[1]}=..." if found[1] else "", text)
+
+
+def secrets_in(url: str) -> list[str]:
+    """The pieces of a URL that `masked` leaves out, the longest first."""
+    found = [match[0] for match in _SECRET.finditer(url)]
+    pieces = {
+        piece for one in found for piece in (one.rstrip("@"), *re.split("[/:@=]", one)) if len(piece) > 2
+    }
+    return sorted(pieces, key=len, reverse=True)
 
 
 def shown(value: Any, most: int = 200) -> str:

@@ -21,13 +21,28 @@ from artifacts import cache
 from artifacts.access import FULL, reading_from, writing_to
 from artifacts.durable import appearing, sweep, sync_folder
 from artifacts.errors import PlaceError, WriteError
-from artifacts.names import masked
+from artifacts.names import masked, secrets_in
 
 T = TypeVar("T")
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.2
 """Seconds before the second attempt of a failed remote call; doubles with each, plus up to as much at random."""
+
+WRAPPERS = (
+    "zip",
+    "tar",
+    "libarchive",
+    "reference",
+    "github",
+    "git",
+    "dir",
+    "data",
+    "generic",
+    "jupyter",
+    "dask",
+)
+"""Protocols of fsspec that wrap a file, another URL or a site: no folders of objects by themselves."""
 
 OPEN_VIEWS = 128
 """Files held open per place: a big store has more objects than a process may open files."""
@@ -205,6 +220,11 @@ class RemotePlace(Place):
             import fsspec
 
             protocol = self.url.split("://", 1)[0]
+            if protocol in WRAPPERS:
+                raise PlaceError(
+                    f"cannot open {self}: {protocol}:// is no folder of objects; use a folder, s3://, gs:// or hf://",
+                    path=self,
+                )
             forked = self._system is not None
             try:
                 self._system = fsspec.filesystem(
@@ -212,8 +232,9 @@ class RemotePlace(Place):
                     use_listings_cache=False,
                     **({"skip_instance_cache": True} if forked else {}),
                 )
-            except (ImportError, ValueError) as error:
-                raise PlaceError(f"cannot open {self}: {error}", path=self) from None
+            # TypeError: a protocol that needs a host
+            except (ImportError, ValueError, TypeError) as error:
+                raise PlaceError(f"cannot open {self}: {self._told(error)}", path=self) from None
             self._process = os.getpid()
         return self._system
 
@@ -277,6 +298,13 @@ class RemotePlace(Place):
             self.system.rm_file(path)
             raise OSError(f"{arrived} of {file.stat().st_size} bytes arrived")
 
+    def _told(self, error: Exception) -> str:
+        """What a library says, without the secrets of the URL, which it may have cut in pieces."""
+        said = str(error)
+        for secret in secrets_in(self.url):
+            said = said.replace(secret, "***")
+        return said
+
     def _call(self, name: str, call: Callable[[str], T]) -> T:
         """Repeat a failing call; what cannot be mended by waiting is raised at once."""
         path = self.system._strip_protocol(f"{self.url.rstrip('/')}/{name}".rstrip("/"))
@@ -288,7 +316,7 @@ class RemotePlace(Place):
                 raise
             except PermissionError as error:
                 raise PlaceError(
-                    f"no access to {self}/{name} ({error}); check the credentials",
+                    f"no access to {self}/{name} ({self._told(error)}); check the credentials",
                     path=f"{self}/{name}",
                 ) from None
             # each protocol has its own
@@ -298,7 +326,7 @@ class RemotePlace(Place):
                     raise
                 if attempt == ATTEMPTS:
                     raise PlaceError(
-                        f"{self}/{name} failed {ATTEMPTS} times ({type(error).__name__}: {error}); "
+                        f"{self}/{name} failed {ATTEMPTS} times ({type(error).__name__}: {self._told(error)}); "
                         "check the address and the network, then run the same command again",
                         path=f"{self}/{name}",
                     ) from error

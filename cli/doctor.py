@@ -7,6 +7,8 @@ import platform
 import shutil
 from collections.abc import Callable
 
+from cli.console import say
+
 PACKAGES = (
     "e2kd",
     "torch",
@@ -25,20 +27,20 @@ def examine() -> int:
     """Print the findings; 0 when training can run here, 2 when not."""
     import torch
 
-    print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
+    say(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in PACKAGES:
-        print(f"{package:<11} {_version(package)}")
-    print(f"cpu         {torch.get_num_threads()} threads")
+        say(f"{package:<11} {_version(package)}")
+    say(f"cpu         {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        print(f"cuda:{index}      {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    print(f"free disk   {shutil.disk_usage('.').free / 2**30:.1f} GiB here")
+        say(f"cuda:{index}      {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    say(f"free disk   {shutil.disk_usage('.').free / 2**30:.1f} GiB here")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     failures = [
         _run(f"{name} on {device}", check, device) for device in devices for name, check in CHECKS.items()
     ]
     broken = [failure for failure in failures if failure]
-    print("all kernels run" if not broken else f"{len(broken)} kernels fail: reinstall with make clean setup")
+    say("all kernels run" if not broken else f"{len(broken)} kernels fail: reinstall with make clean setup")
     return 2 if broken else 0
 
 
@@ -53,9 +55,9 @@ def _run(name: str, check: Callable[[str], None], device: str) -> str | None:
     try:
         check(device)
     except (RuntimeError, AssertionError) as error:
-        print(f"FAILS       {name}: {error}")
+        say(f"FAILS       {name}: {error}")
         return name
-    print(f"runs        {name}")
+    say(f"runs        {name}")
     return None
 
 

@@ -26,7 +26,7 @@ from artifacts.access import writing_to
 from artifacts.images import load_images
 from artifacts.places import Place, place
 from artifacts.store import load_store
-from cli.console import progress
+from cli.console import one_line, progress, say, table
 from pipeline.workspace import CODEC_COST, FREEZING_GAP, images_beside, read_measured, stores_around
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def describe(url: str) -> None:
     """Print a summary of a teacher store or an image set."""
     where = place(url)
     lines = _about_images(open_images(where)) if _is_images(where) else _about_store(open_store(where))
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        print(f"{name:<{width}}  {value}")
+    table(lines)
 
 
 def portray(url: str, row: int | None, key: str | None, images_url: str | None, png: Path) -> None:
@@ -66,8 +64,8 @@ def portray(url: str, row: int | None, key: str | None, images_url: str | None, 
     with writing_to(png):
         png.parent.mkdir(parents=True, exist_ok=True)
     for name, logit in draw_row(store, images, row, png):
-        print(f"{logit:9.3f}  {name}")
-    print(f"drawn: {png}")
+        say(f"{logit:9.3f}  {one_line(name)}")
+    say(f"drawn: {png}")
 
 
 def check(
@@ -109,7 +107,7 @@ def export(url: str, destination: str, images_url: str | None) -> None:
     store, images = open_store(url), _images_of(place(url), images_url)
     with progress().bar("export", len(images), "image") as advance:
         export_store(store, images, destination, progress=advance)
-    print(f"exported: {destination}")
+    say(f"exported: {destination}")
 
 
 def import_(source: str, images_url: str, store_url: str) -> None:
@@ -117,7 +115,7 @@ def import_(source: str, images_url: str, store_url: str) -> None:
     from artifacts.exchange import import_store
 
     store = import_store(source, images_url, store_url)
-    print(f"imported: {len(store)} rows to {images_url} and {store_url}")
+    say(f"imported: {len(store)} rows to {images_url} and {store_url}")
 
 
 def _verified(where: Place, is_images: bool, quick: bool, images_url: str | None) -> VerifyReport:
@@ -131,13 +129,13 @@ def _verified(where: Place, is_images: bool, quick: bool, images_url: str | None
         else:
             report = verify_store(where, beside, quick=quick, progress=advance)
     for problem in report.problems:
-        print(f"  {dataclasses.replace(problem, mend='')}")
+        say(f"  {one_line(str(dataclasses.replace(problem, mend='')))}")
     checked = [f"{report.shards} shards", "sizes only" if quick else "every byte"]
     if not is_images:
         checked.append(f"rows against {beside}" if beside else "no image set beside it to compare rows with")
-    print(f"{where}: {_count(report)} ({', '.join(checked)})")
+    say(f"{where}: {_count(report)} ({', '.join(checked)})")
     for mend in dict.fromkeys(problem.mend for problem in report.problems if problem.mend):
-        print(mend)
+        say(one_line(mend))
     return report
 
 
@@ -158,7 +156,7 @@ def _ask_again(where: Place, share: str, workspace: Workspace) -> int:
 
     split, _ = workspace.split_at(where)
     found = audit_store(workspace, split, share)
-    print(found)
+    say(found)
     return 3 if found.deviating else 0
 
 

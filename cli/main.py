@@ -254,12 +254,13 @@ def doctor() -> None:
 
 def _open(config: Path, overrides: Sequence[str] | None, out: Path | None, dry_run: bool) -> Workspace:
     """What every stage command starts from."""
+    from cli.console import say
     from pipeline.config import dump
     from pipeline.workspace import Workspace
 
     workspace = Workspace.open(config, overrides or (), out, _progress())
     if dry_run:
-        print(dump(workspace.experiment), end="")
+        say(dump(workspace.experiment).rstrip("\n"))
         raise typer.Exit(0)
     return workspace
 
@@ -345,5 +346,8 @@ def _interrupted() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"e2kd: {message}", file=sys.stderr, flush=True)
+    # imported here and not at the start: rich
+    from cli.console import complain
+
+    complain(f"e2kd: {message}")
     return code

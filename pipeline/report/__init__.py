@@ -21,7 +21,7 @@ from pipeline.report.results import Results
 from pipeline.report.tables import short_table
 from pipeline.workspace import Workspace
 
-FORMAT = 4
+FORMAT = 5
 """Raised when the pictures or the page are drawn otherwise, so that old reports are drawn again."""
 
 

@@ -18,7 +18,7 @@ from pipeline.data.source import Label
 from pipeline.explain import Explainer, by_name
 from pipeline.provenance import matching_store
 from pipeline.report.document import Block, Picture, Text
-from pipeline.report.overlay import overlay, save
+from pipeline.report.overlay import drawn, overlay, save
 from pipeline.report.pictures import grid
 from pipeline.report.results import Results
 from pipeline.training.trained import load_student
@@ -136,11 +136,11 @@ def draw_examples(examples: Examples, answers: Mapping[str, Answer], path: Path)
     rows, columns = len(examples.labels), 1 + len(answers)
     figure, axes = grid(rows, columns, (1.5 * columns, 1.62 * rows + 0.3))
     for axis, title in zip(axes[0], ["image", *answers], strict=True):
-        axis.set_title(title, fontsize=10)
+        axis.set_title(drawn(title), fontsize=10, parse_math=False)
     for row in range(rows):
         image = examples.images[row].permute(1, 2, 0).numpy()
         axes[row, 0].imshow(image)
-        axes[row, 0].set_xlabel(_name(examples, int(examples.explained[row])), fontsize=8)
+        axes[row, 0].set_xlabel(_name(examples, int(examples.explained[row])), fontsize=8, parse_math=False)
         for axis, answer in zip(axes[row, 1:], answers.values(), strict=True):
             _draw_map(axis, answer.explainer, answer.maps[row], image)
             _mark(axis, is_right(answer.logits[row], examples.labels[row]))
@@ -179,10 +179,8 @@ def _mark(axis: Any, right: bool | None) -> None:
 
 
 def _name(examples: Examples, cls: int, most: int = 22) -> str:
-    """The class's name, safe for matplotlib (`$` begins its formulas)."""
     name = str(examples.names[cls]) if 0 <= cls < len(examples.names) else f"class {cls}"
-    short = name if len(name) <= most else f"{name[: most - 1]}…"
-    return short.replace("$", r"\$")
+    return drawn(name, most)
 
 
 def _caption(split: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from urllib.parse import quote
 
+from artifacts.names import printable
 from pipeline.report.document import Block, Cell, Document, Facts, Heading, Picture, Row, Table, Text
 
 
@@ -36,7 +38,7 @@ def _block(block: Block) -> str:
         case Table():
             return f"**{_safe(block.caption)}**\n\n{markdown_table(block)}"
         case Picture():
-            return f"![{_safe(block.alt)}]({block.file})\n\n*{_safe(block.caption)}*"
+            return f"![{_safe(block.alt)}]({quote(block.file)})\n\n*{_safe(block.caption)}*"
         case Row():
             return _pictures(block.pictures)
 
@@ -51,24 +53,30 @@ def _cell(cell: Cell) -> str:
 
 _SPECIAL = str.maketrans(
     {
+        "\\": "\\\\",
         "&": "&amp;",
         "<": "&lt;",
         ">": "&gt;",
-        "|": "\\|",
-        "*": "\\*",
-        "[": "\\[",
-        "]": "\\]",
-        "`": "\\`",
-        "\n": " ",
+        **{letter: f"\\{letter}" for letter in "|*[]`~$"},
+        **dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "),
     }
 )
-
+"""Letter by letter, so that a backslash in a name escapes nothing that is escaped here."""
 
 _EMPHASIS = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """Underscores that are not inside a word."""
+_NUMBERS = re.compile(r"(\[[-+−–.,:%\d ]*\d[-+−–.,:%\d ]*\](?![(\[:]))")
+"""An interval, as [+1.0, +2.0]: its brackets stay."""
+_LINK = re.compile(r"(?i)(?<=[a-z]):(?=//)|(?<=www)\.|(?<=[\w.+-])@(?=\w)")
+"""What makes a link of a bare address in some readers' Markdown."""
 
 
 def _safe(text: str) -> str:
     """Names of users' classes and folders are shown as they are, and format nothing. Brackets of numbers stay."""
-    escaped = _EMPHASIS.sub(r"\\_", text.translate(_SPECIAL))
-    return escaped.replace("\\[", "[").replace("\\]", "]") if "](" not in text else escaped
+    parts = _NUMBERS.split(text)
+    return "".join(part if place % 2 else _escaped(part) for place, part in enumerate(parts))
+
+
+def _escaped(text: str) -> str:
+    escaped = _EMPHASIS.sub(r"\\_", printable(text.translate(_SPECIAL)))
+    return _LINK.sub(lambda found: f"&#{ord(found[0])};", escaped)

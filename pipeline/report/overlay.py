@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from artifacts.durable import appearing
+from artifacts.names import printable
 
 
 def overlay(axis: Any, image: np.ndarray, heat: Tensor) -> None:
@@ -23,6 +24,13 @@ def overlay(axis: Any, image: np.ndarray, heat: Tensor) -> None:
     share = (full / largest).clamp(0, 1).numpy() if largest > 0 else np.zeros(size, np.float32)
     axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255)
     axis.imshow(share, cmap="inferno", alpha=0.75 * share, vmin=0, vmax=1)
+
+
+def drawn(text: str, most: int = 60) -> str:
+    """A text from a file as a picture can show it: no control characters, at most `most` letters. Give it to matplotlib
+    with parse_math=False: `$` begins a formula there."""
+    short = text if len(text) <= most else f"{text[: most - 1]}…"
+    return printable(short)
 
 
 def save(figure: Any, path: Path, dpi: int = 144) -> None:

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from pipeline.report.document import Picture
-from pipeline.report.overlay import save
+from pipeline.report.overlay import drawn, save
 from pipeline.report.results import Results
 from pipeline.report.statistics import Summary, summarise
 
@@ -100,14 +100,15 @@ def _draw(
     axis = axes[0, 0]
     for name, points in curves.items():
         _line(axis, name, points, *styles[name])
-    axis.set_title(title, fontsize=10)
+    axis.set_title(drawn(title), fontsize=10, parse_math=False)
     axis.set_xlabel(along)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if log:
         axis.set_yscale("log")
-    figure.legend(loc="outside right upper", fontsize=8, edgecolor="none")
+    for label in figure.legend(loc="outside right upper", fontsize=8, edgecolor="none").get_texts():
+        label.set_parse_math(False)
     save(figure, path)
 
 
@@ -116,7 +117,14 @@ def _line(axis: Any, name: str, points: Points, colour: str, marker: str) -> Non
     spread = [summary.std or 0.0 for _, summary in points]
     dense = max(len(at) // 8, 1)
     axis.plot(
-        at, means, label=name, color=colour, linewidth=1.6, marker=marker, markersize=4, markevery=dense
+        at,
+        means,
+        label=drawn(name),
+        color=colour,
+        linewidth=1.6,
+        marker=marker,
+        markersize=4,
+        markevery=dense,
     )
     if any(spread):
         low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))

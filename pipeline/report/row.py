@@ -13,7 +13,7 @@ from torch import from_numpy
 
 from artifacts import ImageSet, TeacherStore
 from pipeline.explain import by_name
-from pipeline.report.overlay import overlay, save
+from pipeline.report.overlay import drawn, overlay, save
 
 TOP = 5
 
@@ -28,11 +28,11 @@ def draw_row(store: TeacherStore, images: ImageSet, row: int, path: Path) -> lis
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     pixels = sample.image.transpose(1, 2, 0)
     left.imshow(pixels)
-    left.set_title(f"row {row}: {sample.key}, label {sample.label}", fontsize=9)
+    left.set_title(drawn(f"row {row}: {sample.key}, label {sample.label}"), fontsize=9, parse_math=False)
     image = from_numpy(sample.image)[None].float() / 255
     explainer = store.manifest.explainer.name
     overlay(middle, pixels, by_name(explainer).heat(from_numpy(answers.maps[0, :1, 0]), image)[0, 0])
-    middle.set_title(f"{explainer} of class {explained}", fontsize=9)
+    middle.set_title(drawn(f"{explainer} of class {explained}"), fontsize=9, parse_math=False)
     for axis in (left, middle):
         axis.set_xticks([])
         axis.set_yticks([])
@@ -40,7 +40,7 @@ def draw_row(store: TeacherStore, images: ImageSet, row: int, path: Path) -> lis
     right.barh(
         bars, [logit for _, logit in top], color=["C1" if k == explained else "C0" for k in order.tolist()]
     )
-    right.set_yticks(bars, [name[:24] for name, _ in top], fontsize=8)
+    right.set_yticks(bars, [drawn(name, 24) for name, _ in top], fontsize=8, parse_math=False)
     right.invert_yaxis()
     right.set_title("highest logits", fontsize=9)
     save(figure, path, dpi=110)

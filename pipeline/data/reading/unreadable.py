@@ -14,6 +14,7 @@ from pathlib import Path
 
 from artifacts.errors import DataError
 from artifacts.names import in_file_name
+from artifacts.names import printable as one_line
 from artifacts.places import Place
 from pipeline.data.reading.keys import name_bytes, printable
 from pipeline.data.reading.listing import Entry, Listing
@@ -55,7 +56,7 @@ class UnreadableImages:
 
     def _report(self, split: str, found: dict[str, str], images: int) -> None:
         for reason in found.values():
-            self.progress.say(f"left out: {reason}")
+            self.progress.say(f"left out: {one_line(reason)}")
         if found:
             count = f"{len(found)} of {images} images"
             self.progress.say(f"{count} of {split} cannot be read and are left out (data.on_bad_image: skip)")
