@@ -156,7 +156,7 @@ def _ask_again(where: Place, share: str, workspace: Workspace) -> int:
 
     split, _ = workspace.split_at(where)
     found = audit_store(workspace, split, share)
-    say(found)
+    say(str(found))
     return 3 if found.deviating else 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
-from artifacts.errors import DamagedStore, IncompleteStore, ModelError
+from artifacts.errors import DamagedStore, ImageSetError, IncompleteStore, ModelError
 from artifacts.manifest import (
     SCHEMA_VERSION,
     CodecInfo,
@@ -23,6 +23,7 @@ from artifacts.manifest import (
     TeacherInfo,
     differing_values,
 )
+from artifacts.names import shown
 from artifacts.places import place
 from artifacts.records import MEND, mismatch, read_record, write_record
 from pipeline.config import Experiment, ExplainConfig
@@ -88,7 +89,22 @@ def class_count(experiment: Experiment, images: ImageSet) -> int:
             f"the teacher has {said} classes but {images.place} has {named}; use its data, correct teacher.classes, "
             "or ignore the labels with data.labels: false to distil on unrelated images"
         )
-    return said or named
+    count = said or named
+    _check_labels(images, count)
+    return count
+
+
+def _check_labels(images: ImageSet, count: int) -> None:
+    """Raises ImageSetError if a label of the set is no class of it."""
+    if not images.classes:
+        return
+    several = ((label,) if isinstance(label, int) else label or () for label in images.labels)
+    wrong = next((one for label in several for one in label if not 0 <= one < count), None)
+    if wrong is not None:
+        raise ImageSetError(
+            f"{images.place} has the label {shown(wrong)}, but {count} classes; pack it again from its source",
+            path=images.place,
+        )
 
 
 def matching_store(workspace: Workspace, split: str, images: ImageSet) -> TeacherStore:

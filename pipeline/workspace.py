@@ -13,11 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from artifacts import ImageSet, TeacherStore, open_images, open_store
 from artifacts.errors import ConfigError, DataError, StoreError
 from artifacts.names import in_file_name, masked
 from artifacts.places import LocalPlace, Place, Url, place
 from pipeline.config import Experiment, load
+from pipeline.config.text import json_of
+from pipeline.config.written import CodecCost, Curve, FreezingGap, TeacherScores, check
 from pipeline.progress import Progress, Quiet
 
 if TYPE_CHECKING:
@@ -26,6 +30,12 @@ if TYPE_CHECKING:
 FREEZING_GAP = "freezing-gap.json"
 SHIFT_CURVE = "shift-curve.json"
 CODEC_COST = "codec-cost.json"
+MEASURED: dict[str, type[BaseModel]] = {
+    FREEZING_GAP: FreezingGap,
+    SHIFT_CURVE: Curve,
+    CODEC_COST: CodecCost,
+}
+"""What each of them says; a teacher's scores are the others."""
 
 
 def teacher_scores(split: str) -> str:
@@ -188,8 +198,8 @@ def read_measured(beside: Place, name: str) -> dict[str, Any]:
     if not beside.exists(name):
         return {}
     try:
-        return dict(json.loads(beside.read(name)))
-    except (ValueError, TypeError):
+        return check(json_of(beside.read(name)), MEASURED.get(name, TeacherScores))
+    except ValueError:
         raise DataError(
             f"{beside / name} is damaged; delete it and run e2kd precompute CONFIG again", path=beside / name
         ) from None

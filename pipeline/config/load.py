@@ -11,12 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from artifacts.errors import ConfigError
-from artifacts.names import masked
+from artifacts.names import masked, shown
 from pipeline.config.base import Settings
 from pipeline.config.experiment import EXPLAIN_SETTINGS, Experiment
 from pipeline.config.grid import combinations, overridden, wrong
 from pipeline.config.problems import Unions, describe, near, unknown_key
 from pipeline.config.sources import SOURCES
+from pipeline.config.text import yaml_of
 from pipeline.config.training import StudentConfig
 
 UNIONS: Unions = {"data": SOURCES, "also": SOURCES, "explain": EXPLAIN_SETTINGS}
@@ -80,24 +81,9 @@ def dump(settings: Settings) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=100)
 
 
-class _OnceEach(yaml.SafeLoader):
-    """A safe loader to which a key that a section has twice is an error: the last one would win silently."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.value != "<<":
-                    problem = f"{key.value} is there twice; keep one"
-                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-                seen.add(key.value)
-        return node
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)  # a SafeLoader
+        raw = yaml_of(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         nearest = near(path.stem, (other.stem for other in path.parent.glob("*.yaml")))
         hint = (
@@ -107,7 +93,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}", path=path) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}", path=path) from None
+        raise ConfigError(
+            f"{path} is not valid YAML: {' '.join(str(error).split())[:600]}", path=path
+        ) from None
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{path} must be a mapping with the keys {', '.join(Experiment.model_fields)}", path=path
@@ -120,9 +108,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set train.epochs=5", key=key)
     try:
-        value = yaml.safe_load(text)
+        value = yaml_of(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}", key=key) from None
+        raise ConfigError(
+            f"--set {override[:200]}: {shown(text)} is not a YAML value: {' '.join(str(error).split())[:400]}",
+            key=key,
+        ) from None
     *parents, last = key.split(".")
     section: Any = raw
     for name in parents:

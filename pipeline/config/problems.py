@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from artifacts.names import shown
+
 Tags = Mapping[str, type[BaseModel]]
 Unions = Mapping[str, Tags]
 
@@ -28,6 +30,7 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str, cutoff: float
 
 def unknown_key(location: str, known: Sequence[str]) -> str:
     """`location` is not one of the `known` keys of its section."""
+    location = location[:200]
     hint = did_you_mean(location.rsplit(".", 1)[-1], known, f"known keys: {', '.join(known)}")
     return f"{location}: unknown key" + (f"; {hint}" if known else "")
 
@@ -54,11 +57,11 @@ def describe(problem: Any, root: type[BaseModel], unions: Unions, more_keys: Seq
             return f"{key}: {_discriminator(problem)} is missing; one of {', '.join(sorted(tags))}"
         case "union_tag_invalid":
             given = str(problem["ctx"]["tag"])
-            return f"{key}.{_discriminator(problem)}: {given!r} is unknown; {_near(given, sorted(tags))}"
+            return f"{key}.{_discriminator(problem)}: {shown(given)} is unknown; {_near(given[:200], sorted(tags))}"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
         case _:
-            return f"{key}: {_lower(problem['msg'])}, got {problem['input']!r}"
+            return f"{key}: {_lower(problem['msg'])}, got {shown(problem['input'])}"
 
 
 def _discriminator(problem: Any) -> str:
@@ -67,7 +70,7 @@ def _discriminator(problem: Any) -> str:
 
 def _bad_choice(key: str, problem: Any) -> str:
     choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-    return f"{key}: {problem['input']!r} is unknown; {_near(str(problem['input']), choices)}"
+    return f"{key}: {shown(problem['input'])} is unknown; {_near(str(problem['input'])[:200], choices)}"
 
 
 def _near(given: str, choices: Sequence[str]) -> str:

@@ -273,8 +273,25 @@ def read_samples(path: Path) -> Samples:
     """What `save_samples` wrote. Raises DataError for a damaged file, FileNotFoundError for none."""
     try:
         with reading_from(path, DataError):
-            return safetensors.torch.load(path.read_bytes())
-    except safetensors.SafetensorError as error:
+            return _checked(safetensors.torch.load(path.read_bytes()))
+    except (safetensors.SafetensorError, ValueError) as error:
         raise DataError(
             f"{path} is damaged ({error}); run e2kd evaluate CONFIG, which writes it again", path=path
         ) from None
+
+
+MOST_GROUPS = 1000
+
+
+def _checked(samples: Samples) -> Samples:
+    """Raises ValueError if they are no f32 [rows] each, of the same rows, with what is needed beside each other."""
+    if any(values.dtype != torch.float32 or values.ndim != 1 for values in samples.values()):
+        raise ValueError("it holds more than f32 per row")
+    if len({len(values) for values in samples.values()}) > 1:
+        raise ValueError("its scores are not of the same rows")
+    if "confidence" in samples and "accuracy" not in samples:
+        raise ValueError("it has a confidence without an accuracy")
+    group = samples.get("group")
+    if group is not None and (not group.isfinite().all() or len(group.unique()) > MOST_GROUPS):
+        raise ValueError("its groups are no groups")
+    return samples

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 import sys
+import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import safetensors.torch
@@ -60,14 +64,60 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             path.open("rb").close()
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            stored = saved_by_torch(path)
+    except (SafetensorError, NotSaved) as error:
         raise ModelError(
             f"{path} is damaged or holds more than tensors ({_first_line(error)}); save the network's "
             "state_dict() as .safetensors or with torch.save",
             path=path,
         ) from error
     return _state_dict(stored, str(path))
+
+
+class NotSaved(Exception):
+    """A file is none that torch.save wrote, or holds more than numbers."""
+
+
+_GARBAGE = (
+    *(
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OverflowError,
+        struct.error,
+        AssertionError,
+    ),
+    *(LookupError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile, NotImplementedError),
+)
+"""What torch's unpickler, which runs no code, raises for bytes that nobody saved."""
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
+
+
+def saved_by_torch(file: Path) -> Any:
+    """What torch.save wrote, on the CPU, by torch's unpickler for weights. Raises NotSaved for any other file."""
+    try:
+        with file.open("rb") as opened:
+            begins = opened.read(4)
+        if begins == _ZIP:
+            _check_stored(file)
+        elif not begins.startswith(_PICKLE):
+            raise NotSaved("no file of torch.save")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _GARBAGE as error:
+        raise NotSaved(_first_line(error)) from error
+
+
+def _check_stored(file: Path) -> None:
+    """torch.save compresses nothing: what does, or has entries over each other, is small on disk alone."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise NotSaved("compressed entries, which torch.save does not write")
+    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise NotSaved("entries that take more than the file")
 
 
 def fetch(url: str) -> dict[str, Tensor]:
@@ -125,10 +175,21 @@ def _bare(model: nn.Module) -> nn.Module:
 def _state_dict(stored: object, origin: str) -> dict[str, Tensor]:
     if isinstance(stored, dict):
         inner = stored.get("state_dict", stored.get("model", stored))
-        if isinstance(inner, dict) and all(isinstance(value, Tensor) for value in inner.values()):
+        if isinstance(inner, dict) and all(_is_weight(*item) for item in inner.items()):
             return inner
     raise ModelError(
         f"{origin} holds no state dict; save the network's state_dict() with torch.save", path=origin
+    )
+
+
+def _is_weight(name: object, value: object) -> bool:
+    """A named array of numbers in memory: not sparse, not quantised, not without its bytes (`meta`)."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
     )
 
 

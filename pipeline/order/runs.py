@@ -139,7 +139,7 @@ def _score_again(workspace: Workspace, students: Sequence[str], seeds: Sequence[
 def _evaluate_again(workspace: Workspace, name: str, seed: int) -> None:
     run = Run(workspace.layout.run(name, seed))
     result = evaluate_student(workspace, name, seed)
-    result["seconds"] = run.result()["seconds"]
+    result["seconds"] = run.result().get("seconds", {})
     if workspace.fabric.is_global_zero:
         run.finish(result)
 

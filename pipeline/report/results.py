@@ -14,6 +14,7 @@ from artifacts.access import reading_from
 from artifacts.errors import ConfigError
 from artifacts.names import file_name, flat, shown
 from pipeline.config import StudentConfig
+from pipeline.config.text import yaml_of
 from pipeline.evaluate.scores import read_samples, samples_file
 from pipeline.evaluate.students import scored_elsewhere
 from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
@@ -104,14 +105,25 @@ class Results:
         """`view.size: made 32, config 64` for what the config says of stage 1 other than the config that made it."""
         if not self.layout.config.exists():
             return []
-        with reading_from(self.layout.config, ConfigError):
-            made = flat(yaml.safe_load(self.layout.config.read_text()))
+        made = flat(self._made_by())
         own = flat(self.experiment.model_dump(mode="json"))
         return [
             f"{key}: made {_told(key, made[key])}, config {_told(key, own[key])}"
             for key in own
             if key.startswith(STAGE_1) and key not in ELSEWHERE and key in made and made[key] != own[key]
         ]
+
+    def _made_by(self) -> Any:
+        """The config that stage 1 left. Raises ConfigError if it is damaged."""
+        try:
+            with reading_from(self.layout.config, ConfigError):
+                return yaml_of(self.layout.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{self.layout.config} is damaged ({said}); e2kd precompute CONFIG writes it again",
+                path=self.layout.config,
+            ) from None
 
     def unscored(self) -> list[str]:
         """`kd seed 1 on test` for every finished run without scores on a split of `evaluate`."""

@@ -84,7 +84,7 @@ def fit(training: Training, fabric: Fabric, progress: Progress) -> float:
         run, settings, training.front, state["best"] if state else NO_BEST, writes=fabric.is_global_zero
     )
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        _resume_optimizer(optimizer, state, run)
     else:
         _try_scores(keeper, wrapped, training.validate)
     first = state["epochs_done"] if state else 0
@@ -159,11 +159,23 @@ def _resume(module: nn.Module, state: Mapping[str, Any], run: Run) -> None:
     """Raises CheckpointError if the checkpoint is not of this module."""
     try:
         module.load_state_dict(state["module"])
-    except (KeyError, RuntimeError):
-        raise CheckpointError(
-            f"{run.path / 'state.pt'} is of another version of e2kd; delete the run and train it again: "
-            f"rm -r {run.path}"
-        ) from None
+    except (KeyError, RuntimeError, TypeError, AttributeError):
+        raise _of_another_version(run) from None
+
+
+def _resume_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], run: Run) -> None:
+    """Raises CheckpointError if the checkpoint is not of this optimizer."""
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
+        raise _of_another_version(run) from None
+
+
+def _of_another_version(run: Run) -> CheckpointError:
+    return CheckpointError(
+        f"{run.path / 'state.pt'} is of another version of e2kd; delete the run and train it again: rm -r {run.path}",
+        path=run.path / "state.pt",
+    )
 
 
 def _checkpoint(training: Training, optimizer: torch.optim.Optimizer, epochs: int, best: float) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,11 @@ from lightning_fabric import Fabric
 from artifacts.access import reading_from, writing_to
 from artifacts.durable import write_atomic
 from artifacts.errors import CheckpointError, ConfigError
-from artifacts.names import flat
+from artifacts.names import flat, shown
 from pipeline.config import Experiment, ExplainConfig, StudentConfig, TeachConfig, TeacherConfig
+from pipeline.config.text import json_of, yaml_of
+from pipeline.config.written import Line, Result, check
+from pipeline.models.weights import NotSaved, saved_by_torch
 from pipeline.sharing import locked
 
 
@@ -78,7 +80,10 @@ class Run:
         """What the run was begun with. Raises CheckpointError if the file is damaged."""
         file = self.path / "config.yaml"
         try:
-            return yaml.safe_load(self._text("config.yaml"))
+            settings = yaml_of(self._text("config.yaml"))
+            if not isinstance(settings, dict):
+                raise yaml.YAMLError
+            return settings
         except (yaml.YAMLError, UnicodeDecodeError):
             raise CheckpointError(
                 f"{file} is damaged; delete the run and train it again: rm -r {self.path}", path=file
@@ -97,7 +102,7 @@ class Run:
         differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
         if differing:
             lines = "\n".join(
-                f"  {key}: run {old!r}, config {new!r}" for key, (old, new) in differing.items()
+                f"  {key}: run {shown(old)}, config {shown(new)}" for key, (old, new) in differing.items()
             )
             raise ConfigError(
                 f"{self.path} was made with other settings:\n{lines}\n"
@@ -128,7 +133,7 @@ class Run:
             return []
         try:
             lines = self._text("metrics.jsonl").splitlines()
-            return [json.loads(line) for line in lines if line.endswith("}")]
+            return [check(json_of(line), Line) for line in lines if line.endswith("}")]
         except ValueError:
             raise CheckpointError(
                 f"{file} is damaged; delete the run and train it again: rm -r {self.path}", path=file
@@ -151,8 +156,9 @@ class Run:
             return None
         try:
             with reading_from(file, CheckpointError):
-                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
+                state = saved_by_torch(file)
+            _check_state(state)
+        except NotSaved:
             raise CheckpointError(
                 f"{file} is damaged; delete the run and train it again: rm -r {self.path}", path=file
             ) from None
@@ -166,15 +172,25 @@ class Run:
         """Raises CheckpointError if the file is damaged."""
         file = self.path / "result.json"
         try:
-            loaded: dict[str, Any] = json.loads(self._text("result.json"))
+            loaded = check(json_of(self._text("result.json")), Result)
             if not loaded:
                 raise ValueError(file)
+            loaded.setdefault("splits", {})
         except ValueError:
             raise CheckpointError(
                 f"{file} is damaged; delete it, then `e2kd distill CONFIG` scores the run again: rm {file}",
                 path=file,
             ) from None
         return loaded
+
+
+def _check_state(state: Any) -> None:
+    """Raises NotSaved if it is none of `save_state`'s: the values' types, not yet their shapes."""
+    types = {"module": dict, "optimizer": dict, "epochs_done": int, "best": float}
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), kind) for name, kind in types.items()
+    ):
+        raise NotSaved("no checkpoint of e2kd")
 
 
 def run_settings(experiment: Experiment, student: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ hub's have 100 to 1000 images). Export such a set as an image folder or as WebDa
 from __future__ import annotations
 
 import importlib
-import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import ConfigError, DataError
+from pipeline.config.text import json_of
 from pipeline.data.reading.regular import regular_size
 
 CACHE_BYTES = 2**30
@@ -75,9 +75,9 @@ class ParquetFile:
     def names(self, label: str) -> list[str]:
         """Class names of the label column from the schema's metadata; empty if it has none."""
         try:
-            about = json.loads((self._schema.metadata or {}).get(b"huggingface", b"{}"))
+            about = json_of((self._schema.metadata or {}).get(b"huggingface", b"{}"))
             return _names(about["info"]["features"][label])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return []
 
     def values(self, column: str) -> list[Any]:

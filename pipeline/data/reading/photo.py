@@ -6,6 +6,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ def read_mask(file: Path | io.BytesIO, name: str, size: tuple[int, int]) -> Imag
     """Mode L, 0..255. Raises DataError naming the file, also if its size is not `size` (width, height) px."""
     try:
         _check_regular(file)
-        with Image.open(file, formats=("PNG",)) as image:
+        with _silent(), Image.open(file, formats=("PNG",)) as image:
             if image.size != size:
                 found, wanted = (f"{width} x {height}" for width, height in (image.size, size))
                 raise DataError(
@@ -67,10 +69,17 @@ def _check_regular(file: Path | io.BytesIO) -> None:
         regular_size(file)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Pillow warns of damaged EXIF beside sound pixels, and of sizes that are refused here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _read(file: Path | io.BytesIO, name: str, shorter_side: int | None) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, on damaged EXIF beside sound pixels
+        with _silent():
             return _decode(file, shorter_side)
     except UnidentifiedImageError:
         raise DataError(

@@ -12,16 +12,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from artifacts.errors import DataError
 from artifacts.names import in_file_name
 from artifacts.names import printable as one_line
 from artifacts.places import Place
+from pipeline.config.text import json_of
 from pipeline.data.reading.keys import name_bytes, printable
 from pipeline.data.reading.listing import Entry, Listing
 from pipeline.progress import Progress
 
 AT_ONCE = 1024
 """Images handed to the threads together: a data set may have millions."""
+
+
+class Known(BaseModel):
+    """The file: which images were read, and what is wrong by the id of each that could not be."""
+
+    listing: str
+    unreadable: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,9 @@ class UnreadableImages:
     def _known(self, name: str, digest: str) -> dict[str, str] | None:
         """What an earlier pass found; None if there was no pass, or if the images have changed since."""
         try:
-            known = json.loads(self.where.read(name))
-            return dict(known["unreadable"]) if known["listing"] == digest else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            known = Known.model_validate(json_of(self.where.read(name)))
+            return known.unreadable if known.listing == digest else None
+        except (FileNotFoundError, ValueError):
             return None
 
     def _still(self, known: dict[str, str], listing: Listing) -> dict[str, str]:
