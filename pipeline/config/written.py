@@ -9,16 +9,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from pipeline.config.base import SplitName
 
+LARGEST = 1e39
+"""About what a 32-bit float can say."""
 
-def _counted(number: float) -> float:
-    if LARGEST < abs(number) < math.inf:
+
+def _in_range(number: float) -> float:
+    if abs(number) > LARGEST:
         raise ValueError("it is out of range")
     return number
 
 
-LARGEST = 1e39
-"""What a 32-bit float can say, about; NaN and infinity pass."""
-Number = Annotated[float, Field(strict=True), AfterValidator(_counted)]
+def _in_range_or_infinite(number: float) -> float:
+    return number if math.isinf(number) else _in_range(number)
+
+
+Number = Annotated[float, Field(strict=True), AfterValidator(_in_range)]
+"""A number, or NaN."""
+Logged = Annotated[float, Field(strict=True), AfterValidator(_in_range_or_infinite)]
+"""A step's: a gradient's norm may be infinite."""
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**40)]
 Metric = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 Scores = dict[Metric, Number | None]
@@ -62,7 +70,7 @@ class Line(Written):
     """A line of `metrics.jsonl`."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[Metric, Number | None]
+    __pydantic_extra__: dict[Metric, Logged | None]
 
     epoch: Count
 

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,13 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-@pytest.mark.parametrize("where", ["seeds", "sweep", "students", "data", "paper", "x", ""])
+@pytest.mark.parametrize("where", ["seeds", "sweep", ""])
 def test_a_config_of_bombs(command: Command, tmp_path: Path, name: str, where: str) -> None:
     bomb = BOMBS[name]
     lines = bomb.replace("\n", "\n  ")
     text = bomb if not where else f"{where}:\n  {lines}"
     config = tmp_path / "config.yaml"
-    config.write_text(f"{text}\n{TINY}" if where in ("x", "") else text)
+    config.write_text(f"{text}\n{TINY}" if not where else text)
     with little():
         said = command.refused("pack", config, "--out", tmp_path / "out")
     assert str(config) in said
@@ -116,7 +117,7 @@ def test_a_setting_of_bombs(command: Command, tmp_path: Path, name: str) -> None
     assert len(said) < 3000
 
 
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("name", ["aliases", "merge keys", "itself", "deep lists", "a long number"])
 @pytest.mark.parametrize("file", ["config.yaml", "runs/kd/seed-0/config.yaml"])
 def test_a_folder_with_a_config_of_bombs_is_reported_or_refused(
     command: Command, tmp_path: Path, name: str, file: str
@@ -285,6 +286,7 @@ def deflated(value: Any, grown: int = 0) -> bytes:
     return buffer.getvalue()
 
 
+@cache
 def weights() -> dict[str, Any]:
     ones = torch.ones(2)
     return {
@@ -304,7 +306,7 @@ def weights() -> dict[str, Any]:
         "a zip's head": b"PK\x03\x04" + bytes(500),
         "an empty zip": b"PK\x05\x06" + bytes(18),
         "deflated": deflated({"a": ones}),
-        "a zip bomb": deflated({"a": ones}, 300 * MIB),
+        "a zip bomb": deflated({"a": ones}, 64 * MIB),
     }
 
 
@@ -319,7 +321,7 @@ def test_weights_that_are_none(tmp_path: Path, name: str) -> None:
         Run(tmp_path).load_state()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_noise_behind_a_pickles_head(tmp_path: Path, seed: int) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, 400, np.uint8).tobytes()
     whole = bytearray(saved({"a": torch.ones(9)}) if seed % 2 else b"\x80\x02" + noise)

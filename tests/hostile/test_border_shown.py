@@ -221,14 +221,11 @@ def test_a_name_is_no_formula(name: str, tmp_path: Path) -> None:
 
 SECRETS = [
     "memory://alice:SECRET@host/x",
-    "memory://alice:a@SECRET@host/x",
-    "memory://SECRET@host/x",
     "memory://host/x?X-Amz-Signature=SECRET&y=SECRET",
     "nothing://alice:SECRET@host/x",
     "github://alice:SECRET@host/x",
     "reference://alice:SECRET@host/x",
     "zip://alice:SECRET@host/x",
-    "tar://alice:SECRET@host/x",
     "simplecache::memory://alice:SECRET@host/x",
 ]
 
@@ -257,7 +254,13 @@ def test_a_password_is_told_to_nobody(command: Command, tmp_path: Path, url: str
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://AKIA:SECRET/SECRET+SECRET@bucket/x", "https://a:SECRET@h:8/x?sig=SECRET#a"]
+    "url",
+    [
+        "s3://AKIA:SECRET/SECRET+SECRET@bucket/x",
+        "s3://alice:a@SECRET@host/x",
+        "s3://SECRET@host/x",
+        "https://a:SECRET@h:8/x?sig=SECRET#a",
+    ],
 )
 def test_what_a_library_says_of_a_url_has_none(url: str) -> None:
     assert "SECRET" not in masked(f"cannot open '{url}', {url}/x")
