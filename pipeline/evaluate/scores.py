@@ -18,6 +18,7 @@ from artifacts.names import in_file_name
 from pipeline.augment.warp import resample
 from pipeline.data.batches import Answers, Batch, PairedRows
 from pipeline.data.masks import boxes_to_mask
+from pipeline.data.reading.regular import regular_size
 from pipeline.devices import reduced
 from pipeline.evaluate import metrics
 from pipeline.explain import Explainer, by_name
@@ -273,6 +274,7 @@ def read_samples(path: Path) -> Samples:
     """What `save_samples` wrote. Raises DataError for a damaged file, FileNotFoundError for none."""
     try:
         with reading_from(path, DataError):
+            regular_size(path)
             return _checked(safetensors.torch.load(path.read_bytes()))
     except (safetensors.SafetensorError, ValueError) as error:
         raise DataError(

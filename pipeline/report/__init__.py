@@ -14,6 +14,7 @@ import json
 from artifacts.access import reading_from, writing_to
 from artifacts.durable import write_atomic
 from artifacts.errors import ConfigError
+from pipeline.data.reading.regular import is_regular
 from pipeline.report.about import wanting
 from pipeline.report.markdown import markdown, markdown_table
 from pipeline.report.page import page
@@ -38,7 +39,7 @@ def report(workspace: Workspace) -> str:
     text, html = layout.report / "report.md", layout.report / "report.html"
     stamp = _stamp(results)
     with reading_from(layout.report):
-        drawn = text.exists() and html.exists() and stamp.encode() in text.read_bytes()
+        drawn = is_regular(text) and html.exists() and stamp.encode() in text.read_bytes()
     if not drawn:
         _write(results, stamp)
     tables = [

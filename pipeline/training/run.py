@@ -24,6 +24,7 @@ from artifacts.names import flat, shown
 from pipeline.config import Experiment, ExplainConfig, StudentConfig, TeachConfig, TeacherConfig
 from pipeline.config.text import json_of, yaml_of
 from pipeline.config.written import Line, Result, check
+from pipeline.data.reading.regular import regular_size
 from pipeline.models.weights import NotSaved, saved_by_torch
 from pipeline.sharing import locked
 
@@ -92,6 +93,7 @@ class Run:
     def _text(self, name: str) -> str:
         """Raises CheckpointError if the file may not be read."""
         with reading_from(self.path / name, CheckpointError):
+            regular_size(self.path / name)
             return (self.path / name).read_text()
 
     def check(self, settings: dict[str, Any]) -> None:
@@ -156,6 +158,7 @@ class Run:
             return None
         try:
             with reading_from(file, CheckpointError):
+                regular_size(file)
                 state = saved_by_torch(file)
             _check_state(state)
         except NotSaved:

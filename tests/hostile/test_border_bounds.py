@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import resource
 import struct
@@ -12,9 +13,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,14 +24,16 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from artifacts.errors import CheckpointError, ConfigError, DataError, E2kdError, ModelError
+from artifacts.errors import CheckpointError, ConfigError, DataError, E2kdError, ImageSetError, ModelError
 from pipeline.config import load, parse
 from pipeline.config.data import HuggingFace
 from pipeline.config.text import json_of, yaml_of
+from pipeline.data.reading.annotations import At, label_of
 from pipeline.data.reading.photo import decode_photo, read_mask, read_photo
 from pipeline.evaluate.scores import read_samples
 from pipeline.models import build, load_weights
 from pipeline.models.weights import read_weights
+from pipeline.provenance import class_count
 from pipeline.training.run import Run
 from pipeline.workspace import read_measured
 from tests.hostile.border import TINY, Command, finish
@@ -460,6 +464,51 @@ def test_scores_per_row_of_other_types(tmp_path: Path, scores: Any) -> None:
     safetensors.torch.save_file(scores, tmp_path / "scores.safetensors")
     with pytest.raises(DataError, match="is damaged"):
         read_samples(tmp_path / "scores.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["result.json", "metrics.jsonl", "config.yaml", "scores-test-ood.safetensors", "../../../config.yaml"],
+)
+def test_a_fifo_in_a_folder_does_not_hang_its_report(command: Command, tmp_path: Path, name: str) -> None:
+    run = finish(tmp_path / "folder")
+    (tmp_path / "config.yaml").write_text(TINY)
+    file = run / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with little():
+        ended = command("report", tmp_path / "config.yaml", "--out", tmp_path / "folder")
+    assert ended.code in (0, 2)
+    assert ended.code == 0 or "not a regular file" in ended.err
+
+
+def test_a_state_that_is_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Run(tmp_path).load_state()
+
+
+@dataclass
+class Labelled:
+    """An image set with labels that nobody checked."""
+
+    labels: list[Any]
+    classes: tuple[str, ...] = ("a", "b")
+    place: str = "images"
+
+
+@pytest.mark.parametrize("label", [2, -1, 10**30, (0, 2), (-5,)])
+def test_a_label_that_is_no_class_is_an_error_before_training(label: Any) -> None:
+    experiment = parse(yaml_of(TINY))
+    with pytest.raises(ImageSetError, match="has the label"):
+        class_count(experiment, cast(Any, Labelled([0, None, (0, 1), label])))
+
+
+@pytest.mark.parametrize("label", [10**400, -1, 2**24, True, 1.5, "x" * 10**6])
+def test_a_label_of_a_table_is_shown_short(label: Any) -> None:
+    with pytest.raises(DataError, match="is not a class index") as caught:
+        label_of(label, At(Path("metadata.jsonl"), line=1))
+    assert len(str(caught.value)) < 400
 
 
 def test_the_config_of_a_model_is_loaded_still(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from artifacts.errors import DataError
+from artifacts.names import shown
 from pipeline.data.reading.regular import regular_size
 from pipeline.data.source import Label
 
@@ -40,13 +41,13 @@ class At:
 
 
 def label_of(value: Any, at: At) -> Label:
-    """An int, a list of them (sorted, each once) or None. Raises DataError for anything else, and below 0."""
+    """An int, a list of them (sorted, each once) or None. Raises DataError for all else, out of range too."""
     if value is None:
         return None
     several = value if isinstance(value, list) else [value]
     for one in several:
-        if not isinstance(one, int) or isinstance(one, bool) or one < 0:
-            raise at.wrong(f": the label {one!r} is not a class index (0, 1, ...); correct it")
+        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < FARTHEST:
+            raise at.wrong(f": the label {shown(one)} is not a class index (0, 1, ...); correct it")
     return tuple(sorted(set(several))) if isinstance(value, list) else int(value)
 
 
