@@ -19,7 +19,7 @@ from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from artifacts.codecs import get_codec
-from artifacts.manifest import ManifestDraft, StoreShape
+from artifacts.manifest import Manifest, ManifestDraft, ShardRecord, StoreShape
 from artifacts.places import View
 
 LEVEL = 1
@@ -91,6 +91,31 @@ def array_plans(draft: ManifestDraft) -> dict[str, ArrayPlan]:
     }
 
 
+def check_shards(manifest: Manifest) -> None:
+    """Raises ValueError unless the commit records are those of shards 0, 1, 2, ... of the manifest's own shape."""
+    if len(manifest.shards) != manifest.shape.shards:
+        raise ValueError(f"it lists {len(manifest.shards)} shards, its rows make {manifest.shape.shards}")
+    plans = array_plans(manifest)
+    for shard, record in enumerate(manifest.shards):
+        check_record(plans, shard, record)
+    if manifest.dead_maps != sum(record.dead_maps for record in manifest.shards):
+        raise ValueError("its dead maps are not the sum of the shards'")
+
+
+def check_record(plans: dict[str, ArrayPlan], shard: int, record: ShardRecord) -> None:
+    """Raises ValueError unless this can be the commit record of that shard: its rows, arrays and objects' names."""
+    rows = plans["logits"].shape.shard_rows(shard)
+    if not rows or (record.shard, record.start, record.stop) != (shard, rows.start, rows.stop):
+        said = f"shard {record.shard} with rows {record.start} to {record.stop - 1}"
+        raise ValueError(f"its shard {shard} says that it is {said}")
+    if record.arrays.keys() != plans.keys() or record.dead_maps > len(rows):
+        raise ValueError(f"shard {shard} has other arrays than the store, or more dead maps than rows")
+    for name, item in record.arrays.items():
+        chunks = -(-len(rows) // plans[name].chunk_rows)
+        if item.path != plans[name].object_name(shard) or len(item.checksums) != 8 * chunks:
+            raise ValueError(f"array {name} of shard {shard} is not the object that its shape says")
+
+
 def group_metadata() -> bytes:
     """zarr.json of the store's folder."""
     return _stored(lambda store: zarr.create_group(store, zarr_format=3))["zarr.json"]
@@ -131,21 +156,39 @@ def read_index(plan: ArrayPlan, view: View, size: int) -> np.ndarray:
     return np.frombuffer(tail[:-4], "<u8").reshape(-1, 2)
 
 
-def decompress(plan: ArrayPlan, view: View, place: np.ndarray, expected: bytes) -> np.ndarray:
-    """Rows [chunk_rows, *tail] of the chunk at `place` (offset, length). Raises ValueError where it is damaged."""
+def decompress(plan: ArrayPlan, view: View, size: int, place: np.ndarray, expected: bytes) -> np.ndarray:
+    """Rows [chunk_rows, *tail] of the chunk at `place` (offset, length) of an object of `size` bytes.
+
+    Decompresses into memory of that shape and not a byte more. Raises ValueError where it is damaged.
+    """
     offset, length = int(place[0]), int(place[1])
     if offset == _MISSING:
         raise ValueError("it lacks a chunk")
+    if offset + length > size:
+        raise ValueError("its index leads past its end")
     chunk = view[offset : offset + length]
     if len(chunk) != length or checksum(chunk) != expected:
         raise ValueError("its bytes are not those that were written")
+    if _content_size(chunk) != plan.chunk_rows * plan.row_bytes:
+        raise ValueError("a chunk has the wrong length")
+    data = np.empty((plan.chunk_rows, *plan.tail), plan.dtype)
     try:
-        data = _ZSTD.decode(chunk)
+        _ZSTD.decode(chunk, out=data)
     except Exception as error:  # numcodecs raises whatever it raises
         raise ValueError(f"it cannot be decompressed: {error}") from None
-    if len(data) != plan.chunk_rows * plan.row_bytes:
-        raise ValueError("a chunk has the wrong length")
-    return np.frombuffer(data, plan.dtype).reshape(plan.chunk_rows, *plan.tail)
+    return data
+
+
+def _content_size(frame: bytes) -> int:
+    """Bytes that a Zstandard frame says it decompresses to (RFC 8878, 3.1.1.1); -1 if it does not say."""
+    if frame[:4] != b"\x28\xb5\x2f\xfd" or len(frame) < 18:
+        return -1
+    single, kind = frame[4] >> 5 & 1, frame[4] >> 6
+    length = (1 if single else 0, 2, 4, 8)[kind]
+    start = 5 + (not single) + (0, 1, 2, 4)[frame[4] & 3]
+    if not length:
+        return -1
+    return int.from_bytes(frame[start : start + length], "little") + (256 if kind == 1 else 0)
 
 
 def _chunk_rows(tail: tuple[int, ...], dtype: np.dtype[Any], rows_per_shard: int) -> int:

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from artifacts.access import writing_to
+from artifacts.errors import WriteError
+
+PATIENCE = 60.0
+"""Seconds that a process may hold a file and write nothing to it before another one gives up waiting."""
+
+_LOOK_AGAIN = 0.02
+_AS_IT_IS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NO_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV)
+"""What opening a link, a socket, or a device answers."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole: see `appearing`."""
-    with appearing(path) as partial:
-        partial.write_bytes(data)
+    with appearing(path) as partial, partial.open("r+b") as file:
+        file.write(data)
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path, patience: float = PATIENCE) -> Iterator[Path]:
     """A file to fill, which takes the name `path` when the block ends well: fsync, rename, fsync of the folder.
 
     Until then it is `path`.partial, locked against other processes; a killed process leaves only that, and the next
-    attempt takes it over. Missing folders are made. Raises WriteError if the system refuses any of this.
+    attempt takes it over. Another one that holds it is waited for, `patience` seconds since it last wrote. A link, or
+    anything but a file, that lies there is removed, never written through. Missing folders are made. Raises WriteError
+    if the system refuses any of this.
     """
     partial = path.with_name(path.name + ".partial")
     with writing_to(path):
         _make_folder(path.parent)
-        handle = _locked(partial)
+        handle = _locked(partial, patience)
         try:
             yield partial
             os.fsync(handle)
@@ -36,6 +50,16 @@ def appearing(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             os.close(handle)
+
+
+def check_inside(root: Path, path: Path) -> None:
+    """Raises WriteError if a link leads from `path`, or the folders above it, out of the folder `root`."""
+    top, folder = root.resolve(), path.parent.resolve()
+    if folder != top and top not in folder.parents:
+        raise WriteError(
+            f"{path} is not written: a link on the way leads out of {root}, to {folder}; remove the link",
+            path=path,
+        )
 
 
 def sync_folder(folder: Path) -> None:
@@ -59,12 +83,18 @@ def sweep(partial: Path) -> None:
 
 def _sweep(partial: Path) -> None:
     try:
-        handle = os.open(partial, os.O_RDWR)
+        handle = os.open(partial, os.O_RDWR | _AS_IT_IS)
     except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        # a link, a socket or a device is no process's partial file
+        partial.unlink()
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_ino == partial.stat().st_ino:
+        if _is_at(handle, partial):
             partial.unlink()
             sync_folder(partial.parent)
     except (BlockingIOError, FileNotFoundError):
@@ -73,21 +103,68 @@ def _sweep(partial: Path) -> None:
         os.close(handle)
 
 
-def _locked(partial: Path) -> int:
+def _locked(partial: Path, patience: float) -> int:
     """An emptied file that this process alone writes; waits for another process that writes it."""
     while True:
-        handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        handle = _opened(partial)
+        if handle is None:
+            partial.unlink(missing_ok=True)
+            continue
         try:
-            mine = os.fstat(handle).st_ino == partial.stat().st_ino
-        except FileNotFoundError:
-            mine = False
-        if mine:
+            _wait(handle, partial, patience)
+        except BaseException:
+            os.close(handle)
+            raise
+        # else it became the finished file while we waited
+        if _is_at(handle, partial):
             if os.fstat(handle).st_size:
                 os.ftruncate(handle, 0)
             return handle
-        # while we waited it became the finished file
         os.close(handle)
+
+
+def _opened(partial: Path) -> int | None:
+    """The partial file, made if need be; None if what lies there is no file of that one name."""
+    try:
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | _AS_IT_IS, 0o666)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise
+    about = os.fstat(handle)
+    if stat.S_ISREG(about.st_mode) and about.st_nlink <= 1:
+        return handle
+    os.close(handle)
+    return None
+
+
+def _wait(handle: int, partial: Path, patience: float) -> None:
+    """Until no other process has the lock. Raises WriteError if one has it and does not write."""
+    last, since = -1, time.monotonic()
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            size = os.fstat(handle).st_size
+        if size != last:
+            last, since = size, time.monotonic()
+        if time.monotonic() - since > patience:
+            raise WriteError(
+                f"cannot write {partial}: another process has held it for {patience:.0f} s and writes nothing; "
+                "stop that process, or remove the file, and run the same command again",
+                path=partial,
+                errno=errno.EWOULDBLOCK,
+            )
+        time.sleep(_LOOK_AGAIN)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        about, named = os.fstat(handle), path.lstat()
+    except FileNotFoundError:
+        return False
+    return (about.st_dev, about.st_ino) == (named.st_dev, named.st_ino)
 
 
 def _make_folder(folder: Path) -> None:

@@ -13,25 +13,34 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from artifacts.durable import sha256_file
 from artifacts.errors import ImageSetError, MismatchedStore, StoreError
+from artifacts.fields import Positive, Sha256, plain
 from artifacts.images import ImageSet, open_images
+from artifacts.index import Extension, Packed, Version, tar_name
 from artifacts.manifest import SCHEMA_VERSION, ManifestDraft
 from artifacts.packing import Packing, write_images
 from artifacts.places import Place, Url, place
+from artifacts.rowlist import sample_files
 from artifacts.rows import TeacherRows
-from artifacts.sealed import NewerSchema, seal, unseal
+from artifacts.sealed import NewerSchema, parsed, reason, seal, unseal
 from artifacts.store import TeacherStore, open_store
 from artifacts.writer import StoreWriter
 
 ABOUT = "e2kd.json"
 _BATCH = 64
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[248])', 'fortran_order': False, 'shape': \([0-9, ]*\), \} *\n", re.S
+)
+"""The header of a .npy file, as numpy writes it."""
 
 
 def export_store(
@@ -94,10 +103,10 @@ def import_store(
         Packing(
             count=exported.draft.shape.rows,
             get=exported.image_members,
-            view=exported.packed["view"],
-            classes=exported.packed["classes"],
-            source=exported.packed["source"],
-            image_format=exported.packed["format"],
+            view=exported.packed.view,
+            classes=exported.packed.classes,
+            source=exported.packed.source,
+            image_format=exported.packed.format,
             rows_per_shard=exported.draft.shape.rows_per_shard,
         ),
         progress=progress,
@@ -121,13 +130,39 @@ def import_store(
     return open_store(store)
 
 
+class _About(BaseModel):
+    """e2kd.json: packing.json and the store's draft, which are about the same rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Version
+    packed: Packed
+    store: ManifestDraft
+
+    @model_validator(mode="after")
+    def _same_rows(self) -> _About:
+        shape = self.store.shape
+        if (shape.rows, shape.rows_per_shard) != (self.packed.count, self.packed.rows_per_shard):
+            raise ValueError("its images and its store have other rows")
+        return self
+
+
+class _TarRecord(BaseModel):
+    """shard-%06d.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: Positive
+    sha256: Sha256
+
+
 class _Export:
     """The shards of an export, one in memory at a time."""
 
     def __init__(self, where: Place) -> None:
         self.place = where
         try:
-            about = unseal(where.read(ABOUT), SCHEMA_VERSION)
+            about = _About.model_validate(unseal(where.read(ABOUT), SCHEMA_VERSION))
         except FileNotFoundError:
             raise StoreError(
                 f"{where} has no {ABOUT}: make an export with: e2kd export STORE DEST",
@@ -141,10 +176,9 @@ class _Export:
             ) from None
         except ValueError as error:
             raise StoreError(
-                f"{where}/{ABOUT} is damaged ({error}); export again", path=f"{where}/{ABOUT}"
+                f"{where}/{ABOUT} is damaged ({reason(error)}); export again", path=f"{where}/{ABOUT}"
             ) from None
-        self.packed: dict[str, Any] = about["packed"]
-        self.draft = ManifestDraft.model_validate(about["store"])
+        self.packed, self.draft = about.packed, about.store
         self._shard, self._samples = -1, list[tuple[str, dict[str, bytes]]]()
 
     def image_members(self, row: int) -> tuple[str, dict[str, bytes]]:
@@ -161,30 +195,27 @@ class _Export:
         classes = np.empty((len(samples), *head), np.int64)
         for position, (key, members) in enumerate(samples):
             try:
-                logits[position] = _array(members["logits.npy"]).reshape(logits.shape[1:])
-                maps[position] = _array(members["map.npy"]).reshape(maps.shape[1:])
-                classes[position] = np.array(json.loads(members["class.json"]), np.int64).reshape(head)
-                if ((classes[position] < 0) | (classes[position] >= s.classes)).any():
-                    raise ValueError(f"its class is not in 0 to {s.classes - 1}")
-            except (ValueError, EOFError, TypeError) as error:
-                raise self._damaged(f"shard-{shard:06d}.tar", f"{key}: {error or 'empty'}") from None
+                logits[position] = _array(members["logits.npy"], logits[position].size).reshape(
+                    logits.shape[1:]
+                )
+                maps[position] = _array(members["map.npy"], maps[position].size).reshape(maps.shape[1:])
+                classes[position] = _classes(members["class.json"], s.classes).reshape(head)
+            except (ValueError, EOFError) as error:
+                raise self._damaged(tar_name(shard), f"{key}: {reason(error)}") from None
         return TeacherRows(logits, classes, maps)
 
     def _read(self, shard: int) -> list[tuple[str, dict[str, bytes]]]:
         if shard != self._shard:
-            name, samples = f"shard-{shard:06d}.tar", dict[str, dict[str, bytes]]()
+            name, samples = tar_name(shard), dict[str, dict[str, bytes]]()
             try:
-                data, record = self.place.read(name), unseal(self.place.read(_record(name)), SCHEMA_VERSION)
-                if [len(data), hashlib.sha256(data).hexdigest()] != [record["bytes"], record["sha256"]]:
-                    raise ValueError("its checksum differs")
-                with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-                    for member in archive:
-                        key, _, extension = member.name.partition(".")
-                        file = archive.extractfile(member)
-                        assert file is not None
-                        samples.setdefault(key, {})[extension] = file.read()
-            except (FileNotFoundError, tarfile.TarError, ValueError, KeyError) as error:
-                raise self._damaged(name, error) from None
+                for _, key, extension, data in sample_files(io.BytesIO(self._tar(name))):
+                    if (
+                        extension not in _MEMBERS
+                        or samples.setdefault(key, {}).setdefault(extension, data) is not data
+                    ):
+                        raise ValueError(f"{key}.{extension} is no part of a sample, or is there twice")
+            except (FileNotFoundError, tarfile.TarError, ValueError) as error:
+                raise self._damaged(name, reason(error)) from None
             rows = self.draft.shape.shard_rows(shard)
             lacking = [key for key, members in samples.items() if not set(members) >= _ANSWERS]
             if lacking or len(samples) != len(rows):
@@ -193,6 +224,17 @@ class _Export:
                 )
             self._shard, self._samples = shard, list(samples.items())
         return self._samples
+
+    def _tar(self, name: str) -> bytes:
+        """Raises ValueError if it is not the one of its record, looked at before it is read."""
+        record = _TarRecord.model_validate(unseal(self.place.read(_record(name)), SCHEMA_VERSION))
+        size = self.place.size(name)
+        if size is not None and size != record.bytes:
+            raise ValueError(f"it has {size} bytes, not {record.bytes}")
+        data = self.place.read(name)
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise ValueError("its checksum differs")
+        return data
 
     def _damaged(self, name: str, what: object) -> StoreError:
         line = str(what).splitlines()[0] if str(what) else type(what).__name__
@@ -206,13 +248,15 @@ def _record(tar: str) -> str:
 
 
 _ANSWERS = {"logits.npy", "map.npy", "class.json"}
+_MEMBERS = {*get_args(Extension), *_ANSWERS}
 
 
 def _about(store: TeacherStore, images: ImageSet) -> dict[str, Any]:
     draft = {name: getattr(store.manifest, name) for name in ManifestDraft.model_fields}
     try:
         packed = unseal(images.place.read("packing.json"), SCHEMA_VERSION)
-    except (FileNotFoundError, ValueError):
+        Packed.model_validate(packed)
+    except (FileNotFoundError, NewerSchema, ValueError):
         raise ImageSetError(
             f"{images.place}/packing.json is missing or damaged; run: e2kd verify --repair {images.place}",
             path=f"{images.place}/packing.json",
@@ -246,5 +290,22 @@ def _npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _array(data: bytes) -> np.ndarray:
-    return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+def _array(data: bytes, count: int) -> np.ndarray:
+    """The numbers of a .npy file: `count` floating-point ones, and nothing else. Raises ValueError."""
+    header = _NPY.match(data)
+    if header is None or int.from_bytes(data[8:10], "little") != header.end() - 10:
+        raise ValueError("it is no .npy file of floating-point numbers")
+    values = np.frombuffer(data, header[1].decode(), offset=header.end())
+    if values.size != count:
+        raise ValueError(f"it does not hold {count} numbers")
+    return values
+
+
+def _classes(data: bytes, classes: int) -> np.ndarray:
+    """The explained classes, i64. Raises ValueError."""
+    values = np.array(plain(parsed(data)))
+    if values.dtype != np.int64:
+        raise ValueError("its classes are no whole numbers")
+    if ((values < 0) | (values >= classes)).any():
+        raise ValueError(f"its class is not in 0 to {classes - 1}")
+    return values

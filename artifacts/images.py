@@ -21,11 +21,12 @@ import numpy as np
 from PIL import Image
 
 from artifacts.errors import ImageSetError
+from artifacts.index import FORMATS, SCHEMA_VERSION, About, Index
 from artifacts.places import Place, Url, place
-from artifacts.rowlist import Label, RowList, read_row_list, row_list
-from artifacts.sealed import NewerSchema, unseal
+from artifacts.rowlist import Label, RowList, read_about, read_row_list, row_list
+from artifacts.sealed import NewerSchema, reason, unseal
 
-SCHEMA_VERSION = 1
+_MASK = {"mask.png": "PNG"}
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ class ShardInfo:
 class ImageSet:
     """A packed split. `[row]` is a Sample; row i is image i for ever."""
 
-    def __init__(self, where: Place, index: dict[str, Any]) -> None:
+    def __init__(self, where: Place, index: Index) -> None:
         self.place = where
-        self.view: dict[str, Any] = index["view"]
-        self.classes: list[str] = index["classes"]
-        self.rows_per_shard: int = index["rows_per_shard"]
-        self.size: int = self.view["size"]
-        starts = range(0, self.rows_per_shard * len(index["shards"]), self.rows_per_shard)
+        self.view: dict[str, Any] = index.view
+        self.classes: list[str] = index.classes
+        self.rows_per_shard: int = index.rows_per_shard
+        self.size: int = index.view["size"]
         self.shards = [
-            ShardInfo(**shard, start=start) for shard, start in zip(index["shards"], starts, strict=True)
+            ShardInfo(**dict(entry), start=shard * index.rows_per_shard)
+            for shard, entry in enumerate(index.shards)
         ]
         self.fingerprint = _fingerprint(index)
         self._lists: dict[int, RowList] = {}
@@ -134,7 +135,7 @@ class ImageSet:
             group=rows.groups[position],
             boxes=_boxes(about),
             mask=self._decoded(row, "mask.png", "L") if "mask.png" in rows.extensions(position) else None,
-            source=about.get("source"),
+            source=about.source,
         )
 
     def read_images(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -148,8 +149,21 @@ class ImageSet:
     def _list(self, shard: int) -> RowList:
         if shard not in self._lists:
             info = self.shards[shard]
-            self._lists[shard] = read_row_list(self.place, info.name, info.rows_sha256)
+            found = read_row_list(self.place, info.name, info.rows_sha256)
+            if (len(found.keys), found.bytes, found.sha256) != (info.rows, info.bytes, info.sha256):
+                raise self._unfit(info, "it is that of another tar")
+            if _highest(found.labels) >= len(self.classes):
+                raise self._unfit(info, f"it has labels that are none of the {len(self.classes)} classes")
+            self._lists[shard] = found
         return self._lists[shard]
+
+    def _unfit(self, info: ShardInfo, what: str) -> ImageSetError:
+        file = f"{self.place}/{row_list(info.name)}"
+        return ImageSetError(
+            f"{file} is damaged ({what}); run: e2kd verify --repair {self.place}",
+            path=file,
+            shard=self.shards.index(info),
+        )
 
     def _all_lists(self) -> Iterator[RowList]:
         return map(self._list, range(len(self.shards)))
@@ -163,28 +177,27 @@ class ImageSet:
         return rows.extensions(position)
 
     def _pixels(self, row: int) -> np.ndarray:
-        extension = next(name for name in self._extensions(row) if name in ("png", "jpg", "webp"))
+        extension = next(name for name in self._extensions(row) if name in FORMATS)
         return np.ascontiguousarray(self._decoded(row, extension, "RGB").transpose(2, 0, 1))
 
     def _decoded(self, row: int, extension: str, mode: str) -> np.ndarray:
+        """A packed image, of its extension's format and of S x S px: both are known before a pixel is decoded."""
+        data = self._member(row, extension)
         try:
-            with Image.open(io.BytesIO(self._member(row, extension))) as image:
-                pixels = np.asarray(image.convert(mode))
-        except ImageSetError:
-            raise
+            with Image.open(io.BytesIO(data), formats=[(FORMATS | _MASK)[extension]]) as image:
+                if image.size == (self.size, self.size):
+                    return np.asarray(image.convert(mode))
+                what: object = f"it has {image.size} pixels, not {self.size} x {self.size}"
         # Pillow raises whatever its decoders raise
         except Exception as error:
-            raise self._damaged(row, error) from None
-        if pixels.shape[:2] != (self.size, self.size):
-            raise self._damaged(row, f"it has {pixels.shape[:2]} pixels, not {self.size} x {self.size}")
-        return pixels
+            what = error
+        raise self._damaged(row, what)
 
-    def _about(self, row: int) -> dict[str, Any]:
+    def _about(self, row: int) -> About:
         try:
-            about: dict[str, Any] = json.loads(self._member(row, "json"))
+            return read_about(self._member(row, "json"))
         except ValueError as error:
-            raise self._damaged(row, error) from None
-        return about
+            raise self._damaged(row, reason(error)) from None
 
     def members(self, row: int) -> dict[str, bytes]:
         """The packed files of a row by extension, as they are in the tar. Raises ImageSetError for changed bytes."""
@@ -226,9 +239,14 @@ def _column(values: Iterable[int | None]) -> np.ndarray:
     return column
 
 
-def _boxes(about: dict[str, Any]) -> np.ndarray | None:
-    boxes = about.get("boxes")
-    return None if boxes is None else np.asarray(boxes, np.float32).reshape(-1, 5)
+def _boxes(about: About) -> np.ndarray | None:
+    return None if about.boxes is None else np.asarray(about.boxes, np.float32).reshape(-1, 5)
+
+
+def _highest(labels: Sequence[Label]) -> int:
+    """The highest label of all; -1 if there is none."""
+    every = (label if isinstance(label, tuple) else (label,) for label in labels)
+    return max((one for some in every for one in some if one is not None), default=-1)
 
 
 def open_images(url: Url) -> ImageSet:
@@ -257,16 +275,16 @@ def load_images(url: Url) -> ImageSet:
         raise ImageSetError(f"the image set {where} {state}; run: e2kd pack CONFIG", path=where)
     file = f"{where}/index.json"
     try:
-        return ImageSet(where, unseal(where.read("index.json"), SCHEMA_VERSION))
+        return ImageSet(where, Index.model_validate(unseal(where.read("index.json"), SCHEMA_VERSION)))
     except NewerSchema as error:
         raise ImageSetError(
             f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd",
             path=file,
             fields={"schema_version": (error.args[0], SCHEMA_VERSION)},
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ImageSetError(
-            f"{file} is damaged ({error!r}); delete it and run: e2kd pack CONFIG", path=file
+            f"{file} is damaged ({reason(error)}); delete it and run: e2kd pack CONFIG", path=file
         ) from None
 
 
@@ -282,6 +300,6 @@ def wrong_tars(images: ImageSet) -> dict[int, str]:
     return wrong
 
 
-def _fingerprint(index: dict[str, Any]) -> str:
-    parts = [index["view"], index["classes"], [[shard["rows"], shard["sha256"]] for shard in index["shards"]]]
+def _fingerprint(index: Index) -> str:
+    parts = [index.view, index.classes, [[entry.rows, entry.sha256] for entry in index.shards]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from artifacts.codecs import CODECS
+from artifacts.fields import LARGEST_ROW, Count, Extent, Positive, RowsPerShard, Settings, Sha256
 from artifacts.names import flat
 
 SCHEMA_VERSION = 1
+
+
+def _known(codec: str) -> str:
+    if codec.removeprefix("e2kd.") not in CODECS:
+        raise ValueError(f"no codec is called {codec!r}")
+    return codec
 
 
 class Record(BaseModel):
@@ -21,9 +30,9 @@ class TeacherInfo(Record):
     """Who answered."""
 
     architecture: str
-    weights_sha256: str
-    preprocessing: dict[str, Any]
-    classes: int
+    weights_sha256: Sha256
+    preprocessing: Settings
+    classes: Extent
     class_names: list[str]
 
 
@@ -31,27 +40,34 @@ class ExplainerInfo(Record):
     """How it was explained."""
 
     name: str
-    settings: dict[str, Any]
+    settings: Settings
 
 
 class CodecInfo(Record):
     """How one kind of number is encoded."""
 
-    codec: str
+    codec: Annotated[str, AfterValidator(_known)]
     error_bound: str
 
 
 class StoreShape(Record):
     """Rows of an image set, V views, K explained classes, C classes, maps of c x h x w."""
 
-    rows: int
-    rows_per_shard: int
-    views: int = 1
-    explained: int = 1
-    classes: int
-    channels: int
-    height: int
-    width: int
+    rows: Positive
+    rows_per_shard: RowsPerShard
+    views: Extent = 1
+    explained: Extent = 1
+    classes: Extent
+    channels: Extent
+    height: Extent
+    width: Extent
+
+    @model_validator(mode="after")
+    def _bounded(self) -> StoreShape:
+        maps = (self.views, self.explained, self.channels, self.height, self.width)
+        if max(math.prod(maps), self.views * self.classes) > LARGEST_ROW:
+            raise ValueError(f"a row has more than {LARGEST_ROW} numbers")
+        return self
 
     @property
     def shards(self) -> int:
@@ -65,11 +81,11 @@ class StoreShape(Record):
 class ManifestDraft(Record):
     """What is decided before the first row is computed. Two stores with the same draft hold the same numbers."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(strict=True, ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     teacher: TeacherInfo
     explainer: ExplainerInfo
-    view: dict[str, Any]
-    images: str
+    view: Settings
+    images: Sha256
     shape: StoreShape
     logits: CodecInfo
     maps: CodecInfo
@@ -82,29 +98,32 @@ class ManifestDraft(Record):
 
 
 class ObjectRecord(Record):
-    """One shard object of one array. `checksums`: for each chunk the last four bytes of its Zstandard frame, in hex."""
+    """One shard object of one array. `checksums`: for each chunk the last four bytes of its Zstandard frame, in hex.
+
+    `path` is what the array plan says (`records.read_record` looks), never any other.
+    """
 
     path: str
-    bytes: int
-    sha256: str
-    checksums: str
+    bytes: Count
+    sha256: Sha256
+    checksums: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{8})+$")]
 
 
 class ShardRecord(Record):
     """A commit record: written after the shard's objects are durable. Rows are start <= row < stop."""
 
-    shard: int
-    start: int
-    stop: int
-    keys_sha256: str
-    dead_maps: int
+    shard: Count
+    start: Count
+    stop: Count
+    keys_sha256: Sha256
+    dead_maps: Count
     arrays: dict[str, ObjectRecord]
 
 
 class Manifest(ManifestDraft):
     """manifest.json, written last: a store without one is not finished."""
 
-    dead_maps: int
+    dead_maps: Count
     shards: list[ShardRecord]
     versions: dict[str, str]
 

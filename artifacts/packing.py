@@ -8,17 +8,20 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 
 from artifacts.durable import sha256_file
 from artifacts.errors import ImageSetError
-from artifacts.images import SCHEMA_VERSION, Sample
+from artifacts.images import Sample
+from artifacts.index import SCHEMA_VERSION, Index, Packed, tar_name
 from artifacts.places import Place, Url, place
 from artifacts.rowlist import RowList, locate_rows, read_row_list, row_list
-from artifacts.sealed import NewerSchema, seal, unseal
+from artifacts.sealed import NewerSchema, reason, seal, unseal
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 KEPT = ("schema_version", "view", "classes", "rows_per_shard")
@@ -74,7 +77,7 @@ def write_images(
     lists: list[RowList] = []
     for start in range(0, packing.count, packing.rows_per_shard):
         rows = range(start, min(start + packing.rows_per_shard, packing.count))
-        tar = f"shard-{start // packing.rows_per_shard:06d}.tar"
+        tar = tar_name(start // packing.rows_per_shard)
         finished = None if tar in again else _finished(where, tar, len(rows))
         if finished is None:
             where.remove("index.json")
@@ -96,7 +99,7 @@ def _ignore(done: int) -> None:
 
 def _begin(where: Place, plan: dict[str, Any]) -> None:
     """Write down what is being packed, or raise ImageSetError where the folder holds something else."""
-    index, old = _sealed(where, "index.json"), _sealed(where, "packing.json")
+    index, old = _sealed(where, "index.json", Index), _sealed(where, "packing.json", Packed)
     if old is None and index is not None:  # packing.json was lost: the index says most of it
         old = {**plan, **{key: index[key] for key in KEPT}, "count": index["rows"]}
     elif old is None and where.exists("packing.json"):
@@ -118,10 +121,10 @@ def _begin(where: Place, plan: dict[str, Any]) -> None:
         where.write("packing.json", data)
 
 
-def _sealed(where: Place, name: str) -> dict[str, Any] | None:
+def _sealed(where: Place, name: str, model: type[BaseModel]) -> dict[str, Any] | None:
     """None where the file is missing or damaged. Raises ImageSetError for a newer format."""
     try:
-        return unseal(where.read(name), SCHEMA_VERSION)
+        return model.model_validate(unseal(where.read(name), SCHEMA_VERSION)).model_dump()
     except NewerSchema as error:
         raise ImageSetError(
             f"{where}/{name} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd",
@@ -158,11 +161,22 @@ def _write_shard(where: Place, tar: str, samples: Iterator[tuple[str, Members]])
                 writer.write({"__key__": key, **members})
         entries = {
             "tar": {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)},
-            "rows": locate_rows(partial),
+            "rows": _located(where, tar, partial),
         }
     data = seal(entries)
     where.write(row_list(tar), data)
     return read_row_list(where, tar, hashlib.sha256(data).hexdigest())
+
+
+def _located(where: Place, tar: str, partial: Path) -> list[dict[str, Any]]:
+    """Raises ImageSetError if what was packed is no sample."""
+    try:
+        with partial.open("rb") as file:
+            return locate_rows(file)
+    except ValueError as error:
+        raise ImageSetError(
+            f"{where}/{tar} cannot be packed: {reason(error)}", path=f"{where}/{tar}"
+        ) from None
 
 
 class _Keys:

@@ -6,8 +6,10 @@ machine (artifacts/cache.py) and checked on the way; one that does not fit there
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import stat
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -19,7 +21,7 @@ from typing import Any, TypeVar
 
 from artifacts import cache
 from artifacts.access import FULL, reading_from, writing_to
-from artifacts.durable import appearing, sweep, sync_folder
+from artifacts.durable import appearing, check_inside, sweep, sync_folder
 from artifacts.errors import PlaceError, WriteError
 from artifacts.names import masked, secrets_in
 
@@ -153,8 +155,8 @@ class LocalPlace(Place):
 
     def read(self, name: str) -> bytes:
         file = self.path / name
-        with reading_from(file), _no_way_through_a_file():
-            return file.read_bytes()
+        with reading_from(file), _no_way_through_a_file(), open(regular(file), "rb") as opened:
+            return opened.read()
 
     def size(self, name: str) -> int | None:
         file = self.path / name
@@ -176,10 +178,12 @@ class LocalPlace(Place):
         return _File(self.path / name)
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
+        check_inside(self.path, self.path / name)
         return appearing(self.path / name)
 
     def remove(self, name: str) -> None:
         file = self.path / name
+        check_inside(self.path, file)
         with writing_to(file), suppress(FileNotFoundError):
             file.unlink()
             sync_folder(file.parent)
@@ -188,6 +192,17 @@ class LocalPlace(Place):
         for name in self.sizes():
             if name.endswith(".partial"):
                 sweep(self.path / name)
+
+
+def regular(file: Path) -> int:
+    """A file opened for reading, if it is one: a pipe would be waited for, a device read. Raises OSError."""
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
+    raise OSError(code, "Is a directory" if code == errno.EISDIR else "it is no regular file", str(file))
 
 
 @contextmanager
@@ -351,7 +366,7 @@ class _File(View):
 
     def __init__(self, file: Path) -> None:
         with reading_from(file), _no_way_through_a_file():
-            self._handle = os.open(file, os.O_RDONLY)
+            self._handle = regular(file)
         self._file = file
 
     def __getitem__(self, part: slice) -> bytes:

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from artifacts.arrays import check_shards
 from artifacts.errors import DamagedStore, IncompleteStore, MismatchedStore, StoreError
-from artifacts.manifest import SCHEMA_VERSION, ManifestDraft, ShardRecord, differences
+from artifacts.manifest import SCHEMA_VERSION, Manifest, ManifestDraft, ShardRecord, differences
 from artifacts.places import Place
-from artifacts.sealed import NewerSchema, seal, unseal
+from artifacts.sealed import NewerSchema, reason, seal, unseal
 
 MEND = "run: e2kd precompute CONFIG"
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -21,20 +22,24 @@ def commit_name(shard: int) -> str:
 
 
 def read_record(place: Place, name: str, model: type[_Model]) -> _Model:
-    """Raises StoreError for a newer format, DamagedStore if the file is not an unchanged `model`."""
+    """Raises StoreError for a newer format, DamagedStore if the file is not an unchanged `model`.
+
+    A manifest's shards are those of its shape, and their objects where its arrays say: no other name is ever opened.
+    """
     file = f"{place}/{name}"
     try:
-        return model.model_validate(unseal(place.read(name), SCHEMA_VERSION))
+        record = model.model_validate(unseal(place.read(name), SCHEMA_VERSION))
+        if isinstance(record, Manifest):
+            check_shards(record)
+        return record
     except NewerSchema as error:
         raise StoreError(
             f"{file} has schema {error}, this e2kd reads {SCHEMA_VERSION}; update e2kd",
             path=file,
             fields={"schema_version": (error.args[0], SCHEMA_VERSION)},
         ) from None
-    except (ValueError, TypeError) as error:
-        raise DamagedStore(
-            f"{file} is damaged ({type(error).__name__}); delete it and {MEND}", path=file
-        ) from None
+    except ValueError as error:
+        raise DamagedStore(f"{file} is damaged ({reason(error)}); delete it and {MEND}", path=file) from None
 
 
 def write_record(place: Place, name: str, record: BaseModel) -> None:

@@ -6,19 +6,23 @@ A tar protects its headers only, and of the image formats only PNG its pixels: e
 from __future__ import annotations
 
 import hashlib
-import json
+import io
+import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from artifacts.errors import ImageSetError
+from artifacts.fields import plain
+from artifacts.index import About, Rows
 from artifacts.places import Place
-from artifacts.sealed import unseal
+from artifacts.sealed import parsed, reason, unseal
 
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
 Label = int | tuple[int, ...] | None
 
 
@@ -59,21 +63,44 @@ def row_list(tar: str) -> str:
     return tar.removesuffix(".tar") + ".rows.json"
 
 
-def locate_rows(tar: Path) -> list[dict[str, Any]]:
-    """The row list of a tar, read off it as any reader sees it."""
+def locate_rows(tar: IO[bytes]) -> list[dict[str, Any]]:
+    """The row list of a tar, read off it as any reader sees it.
+
+    Raises ValueError for a member that is no regular file or no part of a sample, tarfile.TarError for no tar.
+    """
     rows: dict[str, dict[str, Any]] = {}
-    with tarfile.open(tar) as archive:
-        for member in archive:
-            key, extension = member.name.split(".", 1)
-            row = rows.setdefault(key, {"key": key, "members": {}})
-            file = archive.extractfile(member)
-            assert file is not None
-            data = file.read()
-            row["members"][extension] = Member(member.offset_data, member.size, zlib.crc32(data))
-            if extension == "json":
-                about = json.loads(data)
-                row["label"], row["group"] = about["label"], about.get("group")
+    for member, key, extension, data in sample_files(tar):
+        row = rows.setdefault(key, {"key": key, "members": {}})
+        if extension in row["members"]:
+            raise ValueError(f"{member.name!r} is there twice")
+        row["members"][extension] = [member.offset_data, member.size, zlib.crc32(data)]
+        if extension == "json":
+            about = read_about(data)
+            row["label"], row["group"] = about.label, about.group
     return list(rows.values())
+
+
+def sample_files(tar: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, str, bytes]]:
+    """(member, key, extension, bytes) of each file of a tar, whose members are regular files and no longer than it.
+
+    Raises ValueError for any other member, tarfile.TarError for no tar.
+    """
+    size = tar.seek(0, io.SEEK_END)
+    tar.seek(0)
+    with tarfile.open(fileobj=tar, mode="r:") as archive:
+        for member in archive:
+            if not member.isreg() or member.issparse() or member.offset_data + member.size > size:
+                raise ValueError(f"its member {member.name!r} is no regular file that lies in it")
+            key, _, extension = member.name.partition(".")
+            if not _KEY.fullmatch(key):
+                raise ValueError(f"its member {member.name!r} has no key of letters, digits, _ and -")
+            file = archive.extractfile(member)
+            yield member, key, extension, file.read() if file else b""
+
+
+def read_about(data: bytes) -> About:
+    """What the JSON file of a sample says. Raises ValueError."""
+    return About.model_validate(plain(parsed(data)))
 
 
 def read_row_list(where: Place, tar: str, sha256: str | None = None) -> RowList:
@@ -83,26 +110,27 @@ def read_row_list(where: Place, tar: str, sha256: str | None = None) -> RowList:
     try:
         if sha256 not in (None, own):
             raise ValueError("sha256 differs")
-        content = unseal(data, 1)
-        rows = content["rows"]
-        extensions = dict.fromkeys(name for row in rows for name in row["members"])
-        return RowList(
-            tar=tar,
-            bytes=int(content["tar"]["bytes"]),
-            sha256=str(content["tar"]["sha256"]),
-            own_sha256=own,
-            keys=tuple(row["key"] for row in rows),
-            labels=tuple(
-                tuple(row["label"]) if isinstance(row["label"], list) else row["label"] for row in rows
-            ),
-            groups=tuple(row["group"] for row in rows),
-            members={
-                name: np.array([Member(*row["members"].get(name, (-1, 0, 0))) for row in rows], np.int64)
-                for name in extensions
-            },
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        return _row_list(tar, own, Rows.model_validate(unseal(data, 1)))
+    except ValueError as error:
         raise ImageSetError(
-            f"{where}/{row_list(tar)} is damaged ({error}); run: e2kd verify --repair {where}",
+            f"{where}/{row_list(tar)} is damaged ({reason(error)}); run: e2kd verify --repair {where}",
             path=f"{where}/{row_list(tar)}",
         ) from None
+
+
+def _row_list(tar: str, own_sha256: str, content: Rows) -> RowList:
+    rows = content.rows
+    extensions = dict.fromkeys(name for row in rows for name in row.members)
+    return RowList(
+        tar=tar,
+        bytes=content.tar.bytes,
+        sha256=content.tar.sha256,
+        own_sha256=own_sha256,
+        keys=tuple(row.key for row in rows),
+        labels=tuple(tuple(row.label) if isinstance(row.label, list) else row.label for row in rows),
+        groups=tuple(row.group for row in rows),
+        members={
+            name: np.array([row.members.get(name, (-1, 0, 0)) for row in rows], np.int64)
+            for name in extensions
+        },
+    )

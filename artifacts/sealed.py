@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+LARGEST = 2**28
+"""Bytes of a sealed file."""
+_DEEPEST = 40
 
 
 def seal(content: dict[str, Any]) -> bytes:
@@ -14,11 +20,16 @@ def seal(content: dict[str, Any]) -> bytes:
 
 def unseal(data: bytes, schema_version: int) -> dict[str, Any]:
     """The content of a sealed file. Raises ValueError where it was changed, NewerSchema before looking."""
-    content = json.loads(data)
+    if len(data) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST} bytes")
+    # each level of a sealed file is indented by one more blank
+    if b"\n" + b" " * (_DEEPEST + 1) in data:
+        raise ValueError(f"it has more than {_DEEPEST} levels")
+    content = parsed(data)
     if not isinstance(content, dict):
         raise ValueError("it is not a mapping")
     version = content.get("schema_version", schema_version)
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise ValueError("its schema_version is not a number")
     if version > schema_version:
         raise NewerSchema(version)
@@ -26,6 +37,27 @@ def unseal(data: bytes, schema_version: int) -> dict[str, Any]:
     if seal(content) != data:
         raise ValueError("its own checksum differs")
     return content
+
+
+def parsed(data: bytes) -> Any:
+    """What JSON says. Raises ValueError, also for what is nested too deeply and for NaN and Infinity."""
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def reason(error: Exception) -> str:
+    """One line: what is wrong with a file, by the error of reading it; never what the file holds at length."""
+    if not isinstance(error, ValidationError):
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}"[:200] if where else first["msg"][:200]
 
 
 class NewerSchema(Exception):

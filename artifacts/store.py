@@ -143,7 +143,7 @@ class TeacherStore:
         if (name, shard) not in self._indexes:
             self._indexes[name, shard] = read_index(plan, view, record.bytes)
         expected = bytes.fromhex(record.checksums[8 * number : 8 * number + 8])
-        return decompress(plan, view, self._indexes[name, shard][number], expected)
+        return decompress(plan, view, record.bytes, self._indexes[name, shard][number], expected)
 
     def _whole(self, name: str) -> np.ndarray:
         if name not in self._kept:

@@ -13,7 +13,8 @@ import numpy as np
 from artifacts.arrays import ABSENT, group_metadata
 from artifacts.codecs import decode_logits, decode_maps, get_codec
 from artifacts.errors import DamagedStore, E2kdError, ImageSetError
-from artifacts.images import SCHEMA_VERSION, ImageSet, load_images, open_images, wrong_tars
+from artifacts.images import ImageSet, load_images, open_images, wrong_tars
+from artifacts.index import SCHEMA_VERSION
 from artifacts.manifest import ManifestDraft, ShardRecord
 from artifacts.places import Place, Url, place
 from artifacts.records import commit_name, read_record, wrong_sizes

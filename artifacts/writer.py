@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,16 +16,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-from artifacts.arrays import ABSENT, ArrayPlan, array_plans, checksum, compress, group_metadata, join
+from artifacts.arrays import (
+    ABSENT,
+    ArrayPlan,
+    array_plans,
+    check_record,
+    checksum,
+    compress,
+    group_metadata,
+    join,
+)
 from artifacts.codecs import encode_logits, encode_maps, get_codec
 from artifacts.errors import DamagedStore, DataError, StoreError
 from artifacts.manifest import Manifest, ManifestDraft, ObjectRecord, ShardRecord
 from artifacts.places import Place, Url, place
-from artifacts.records import check_same, commit_name, incomplete, read_record, write_record, wrong_sizes
+from artifacts.records import (
+    MEND,
+    check_same,
+    commit_name,
+    incomplete,
+    read_record,
+    write_record,
+    wrong_sizes,
+)
 from artifacts.rows import NO_CLASS, TeacherRows, dead_rows
 
 LIBRARIES = ("e2kd", "zarr", "numcodecs", "numpy", "torch", "torchvision", "timm")
 _BATCHES_AHEAD = 2
+_COMMIT = re.compile(r"commits/([0-9]{6,9})\.json")
 
 
 class StoreWriter:
@@ -65,7 +84,7 @@ class StoreWriter:
     def has_committed(self, shard: int) -> bool:
         """Whether one shard is finished."""
         try:
-            record = read_record(self.place, commit_name(shard), ShardRecord)
+            record = self._commit(shard)
         except (FileNotFoundError, DamagedStore):
             return False
         return all(self.place.size(item.path) == item.bytes for item in record.arrays.values())
@@ -101,15 +120,25 @@ class StoreWriter:
         write_record(self.place, "manifest.json", manifest)
         return manifest
 
+    def _commit(self, shard: int) -> ShardRecord:
+        """Raises FileNotFoundError, or DamagedStore if it is not a record of that shard."""
+        record = read_record(self.place, commit_name(shard), ShardRecord)
+        try:
+            check_record(self.plans, shard, record)
+        except ValueError as error:
+            file = f"{self.place}/{commit_name(shard)}"
+            raise DamagedStore(f"{file} is damaged ({error}); delete it and {MEND}", path=file) from None
+        return record
+
     def _records(self) -> dict[int, ShardRecord]:
         sizes = self.place.sizes()
-        names = sorted(name for name in sizes if name.startswith("commits/") and name.endswith(".json"))
+        numbers = (_COMMIT.fullmatch(name) for name in sorted(sizes))
         records = {}
-        for name in names:
+        for shard in (int(found[1]) for found in numbers if found):
             with suppress(DamagedStore, FileNotFoundError):  # it is computed again
-                record = read_record(self.place, name, ShardRecord)
+                record = self._commit(shard)
                 if not wrong_sizes(record, sizes):
-                    records[record.shard] = record
+                    records[shard] = record
         return records
 
 

@@ -235,7 +235,7 @@ def no_protocol(made: Made) -> None:
 
 
 def unwritable(made: Made) -> None:
-    (made.folder / "x.json.partial").symlink_to("/dev/full")
+    (made.folder / "x.json.partial").mkdir()
     write_atomic(made.folder / "x.json", b"1" * 10_000)
 
 
@@ -262,7 +262,7 @@ CASES: list[tuple[Callable[[Made], object], type[E2kdError], str, dict[str, Any]
     (
         damaged_manifest,
         DamagedStore,
-        "{at}/store/manifest.json is damaged (JSONDecodeError); delete it and " + MEND,
+        "{at}/store/manifest.json is damaged (*); delete it and " + MEND,
         {"path": "store/manifest.json"},
     ),
     (
@@ -374,8 +374,8 @@ CASES: list[tuple[Callable[[Made], object], type[E2kdError], str, dict[str, Any]
     (
         unwritable,
         WriteError,
-        "cannot write {at}/x.json: No space left on device; mend that and run the same command again",
-        {"path": "x.json", "errno": 28},
+        "cannot write {at}/x.json: Is a directory; mend that and run the same command again",
+        {"path": "x.json", "errno": 21},
     ),
     (
         unknown_codec,

@@ -57,8 +57,11 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
     assert "Traceback" not in printed
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.json.partial").symlink_to("/dev/full")
+def test_a_full_disk_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", **_: real(Path("/dev/full"), mode))
     assert run_guarded(lambda: write_atomic(tmp_path / "x.json", b"1" * 10_000)) == 2
     printed = capsys.readouterr().err
     assert "x.json: No space left on device" in printed

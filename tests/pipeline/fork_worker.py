@@ -53,6 +53,17 @@ def precompute(root: Path, fabric: Fabric, changes: dict[str, Any], part: Part, 
     prepare_stores(Workspace(experiment, Layout(root), fabric, Lines()), part)
 
 
+def write_to_a_full_disk(name: str) -> None:
+    """What is written to the partial file of the object `name` goes to /dev/full from now on."""
+    real = Path.open
+
+    def opened(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+        full = mode != "rb" and path.as_posix().endswith(f"/{name}.partial")
+        return real(Path("/dev/full") if full else path, mode, *more, **named)
+
+    Path.open = opened  # type: ignore[method-assign,assignment]
+
+
 def child(order: dict[str, Any], number: int, fabric: Fabric, said: int, log: int) -> None:
     """Run the command as the console script does, and end."""
     signal.alarm(LONGEST)
@@ -70,6 +81,8 @@ def child(order: dict[str, Any], number: int, fabric: Fabric, said: int, log: in
         precompute(Path(order["root"]), fabric, order["changes"], Part(*order["parts"][number]), asked)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
+    if order["full"]:
+        write_to_a_full_disk(order["full"])
     code = 1
     try:
         code = run_guarded(command)

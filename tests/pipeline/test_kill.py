@@ -70,15 +70,17 @@ class Processes:
         once: Path | None = None,
         file_bytes: int | None = None,
         limit_from: int = 0,
+        full: str | None = None,
     ) -> list[Ended]:
         """One process per part, at once.
 
         The first is sent the signal, so many seconds after its start or after the file `once` appeared. From the time
-        when row `limit_from` is asked for, files may not grow over `file_bytes`.
+        when row `limit_from` is asked for, files may not grow over `file_bytes`. The disk is full
+        for the object `full`.
         """
         order = {"root": str(root), "changes": CHANGES, "parts": list(parts)}
         order |= {"signal": sends, "after": after, "once": once and str(once)}
-        order |= {"file_bytes": file_bytes, "limit_from": limit_from}
+        order |= {"file_bytes": file_bytes, "limit_from": limit_from, "full": full}
         stdin, stdout = self._worker.stdin, self._worker.stdout
         assert stdin is not None
         assert stdout is not None
@@ -280,17 +282,13 @@ def test_a_full_disk_keeps_what_is_committed(
     """A real ENOSPC: the object of the sixth shard is written to /dev/full."""
     root = whole.fresh(tmp_path / "tiny")
     [found] = [name for name in files(store_of(whole.root)) if name.startswith(f"{array}/c/5/")]
-    full = store_of(root) / f"{found}.partial"
-    full.parent.mkdir(parents=True)
-    full.symlink_to("/dev/full")
-    [failed] = processes.run(root)
+    [failed] = processes.run(root, full=found)
     assert failed.code == 2, failed.said
     sentence = f"e2kd: cannot write {store_of(root) / found}: No space left on device; mend that and run"
     assert failed.said.startswith(sentence)
     assert failed.said.count("\n") == 1
     assert committed(root) == set(range(5))
     check_visible(root, whole)
-    full.unlink()
     [resumed] = processes.run(root)
     assert resumed.code == 0, resumed.said
     assert resumed.shards == SHARDS - set(range(5))
