@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import re
-import tarfile
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -214,7 +213,7 @@ class _Export:
                         or samples.setdefault(key, {}).setdefault(extension, data) is not data
                     ):
                         raise ValueError(f"{key}.{extension} is no part of a sample, or is there twice")
-            except (FileNotFoundError, tarfile.TarError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 raise self._damaged(name, reason(error)) from None
             rows = self.draft.shape.shard_rows(shard)
             lacking = [key for key, members in samples.items() if not set(members) >= _ANSWERS]

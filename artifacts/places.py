@@ -7,6 +7,7 @@ machine (artifacts/cache.py) and checked on the way; one that does not fit there
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import stat
@@ -58,6 +59,33 @@ class View(ABC):
         """The bytes start <= i < stop; fewer where the object ends before."""
 
 
+class Reading(io.RawIOBase):
+    """A view of `size` bytes as a file, so that what is hashed and what is parsed are the same bytes."""
+
+    def __init__(self, view: View, size: int) -> None:
+        super().__init__()
+        self._view, self._size, self._at = view, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = (
+            self._view[self._at : min(self._at + len(buffer), self._size)] if self._at < self._size else b""
+        )
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
 class Place(ABC):
     """A folder of objects, named by relative paths with slashes.
 
@@ -104,6 +132,10 @@ class Place(ABC):
         if len(self._views) > OPEN_VIEWS:
             self._views.popitem(last=False)
         return view
+
+    def reading(self, name: str, size: int, sha256: str) -> io.BufferedReader:
+        """The same bytes as `view`, as a file. Raises FileNotFoundError."""
+        return io.BufferedReader(Reading(self.view(name, size, sha256), size), 2**20)
 
     def distrust(self, name: str, sha256: str) -> bool:
         """Close the view; True where its bytes were a copy that is now dropped, so that reading again may help."""

@@ -23,6 +23,8 @@ from artifacts.places import Place
 from artifacts.sealed import parsed, reason, unseal
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
+LARGEST_MEMBER = 2**28
+"""Bytes of a file in a tar."""
 Label = int | tuple[int, ...] | None
 
 
@@ -66,7 +68,7 @@ def row_list(tar: str) -> str:
 def locate_rows(tar: IO[bytes]) -> list[dict[str, Any]]:
     """The row list of a tar, read off it as any reader sees it.
 
-    Raises ValueError for a member that is no regular file or no part of a sample, tarfile.TarError for no tar.
+    Raises ValueError for a member that is no regular file or no part of a sample, and for what is no tar.
     """
     rows: dict[str, dict[str, Any]] = {}
     for member, key, extension, data in sample_files(tar):
@@ -81,21 +83,35 @@ def locate_rows(tar: IO[bytes]) -> list[dict[str, Any]]:
 
 
 def sample_files(tar: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, str, bytes]]:
-    """(member, key, extension, bytes) of each file of a tar, whose members are regular files and no longer than it.
+    """(member, key, extension, bytes) of each file of a tar, whose members are regular files that lie in it.
 
-    Raises ValueError for any other member, tarfile.TarError for no tar.
+    Raises ValueError for any other member, and for what is no tar.
     """
     size = tar.seek(0, io.SEEK_END)
     tar.seek(0)
-    with tarfile.open(fileobj=tar, mode="r:") as archive:
-        for member in archive:
-            if not member.isreg() or member.issparse() or member.offset_data + member.size > size:
-                raise ValueError(f"its member {member.name!r} is no regular file that lies in it")
-            key, _, extension = member.name.partition(".")
-            if not _KEY.fullmatch(key):
-                raise ValueError(f"its member {member.name!r} has no key of letters, digits, _ and -")
-            file = archive.extractfile(member)
-            yield member, key, extension, file.read() if file else b""
+    for archive, member in _members(tar):
+        if not member.isreg() or member.issparse() or not 0 <= member.size <= size - member.offset_data:
+            raise ValueError(f"its member {member.name!r} is no regular file that lies in it")
+        if member.size > LARGEST_MEMBER:
+            raise ValueError(f"its member {member.name!r} has {member.size} bytes")
+        key, _, extension = member.name.partition(".")
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"its member {member.name!r} has no key of letters, digits, _ and -")
+        file = archive.extractfile(member)
+        yield member, key, extension, file.read() if file else b""
+
+
+def _members(tar: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Raises ValueError."""
+    try:
+        archive = tarfile.open(fileobj=tar, mode="r:")  # noqa: SIM115
+        while (member := archive.next()) is not None:
+            yield archive, member
+    except ValueError:
+        raise
+    # tarfile raises whatever it raises for odd headers
+    except Exception as error:
+        raise ValueError(f"it cannot be read as a tar ({type(error).__name__}: {error})") from None
 
 
 def read_about(data: bytes) -> About:

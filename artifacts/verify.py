@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,12 +13,12 @@ from artifacts.arrays import ABSENT, group_metadata
 from artifacts.codecs import decode_logits, decode_maps, get_codec
 from artifacts.errors import DamagedStore, E2kdError, ImageSetError
 from artifacts.images import ImageSet, load_images, open_images, wrong_tars
-from artifacts.index import SCHEMA_VERSION
+from artifacts.index import SCHEMA_VERSION, Packed
 from artifacts.manifest import ManifestDraft, ShardRecord
 from artifacts.places import Place, Url, place
 from artifacts.records import commit_name, read_record, wrong_sizes
-from artifacts.rowlist import row_list
-from artifacts.sealed import NewerSchema, unseal
+from artifacts.rowlist import locate_rows, row_list
+from artifacts.sealed import NewerSchema, reason, unseal
 from artifacts.store import TeacherStore, load_store
 
 
@@ -91,10 +90,9 @@ def verify_images(url: Url, *, quick: bool = False, progress: Advance | None = N
     except E2kdError as error:
         return VerifyReport(where, 0, (Problem(str(error), ""),))
     problems: list[Problem] = []
-    try:
-        unseal(where.read("packing.json"), SCHEMA_VERSION)
-    except (FileNotFoundError, ValueError, NewerSchema):
+    if not _packed_as_said(images):
         problems.append(Problem("packing.json is missing or changed", _mend(where)))
+    problems += _twice(images)
     wrong = wrong_tars(images)
     for shard in range(len(images.shards)):
         if shard in wrong or not quick:
@@ -102,6 +100,26 @@ def verify_images(url: Url, *, quick: bool = False, progress: Advance | None = N
         if progress:
             progress(1)
     return VerifyReport(where, len(images.shards), tuple(problems))
+
+
+def _packed_as_said(images: ImageSet) -> bool:
+    """Whether packing.json is there and about this set."""
+    try:
+        packed = Packed.model_validate(unseal(images.place.read("packing.json"), SCHEMA_VERSION))
+    except (FileNotFoundError, ValueError, NewerSchema):
+        return False
+    said = (packed.view, packed.classes, packed.count, packed.rows_per_shard)
+    return said == (images.view, images.classes, len(images), images.rows_per_shard)
+
+
+def _twice(images: ImageSet) -> Iterator[Problem]:
+    """Keys that several shards have."""
+    try:
+        times = Counter(images.keys)
+    except (FileNotFoundError, ImageSetError):
+        # the shard whose row list cannot be read is named on its own
+        return
+    yield from (Problem(f"{times[key]} rows have the key {key}", "") for key in times if times[key] > 1)
 
 
 def _mend(where: Place) -> str:
@@ -145,6 +163,8 @@ def _alignment(store: TeacherStore, images: ImageSet) -> Iterator[Problem]:
         yield Problem(
             f"the store has {len(store)} rows, {images.place} has {len(images)}", "precompute again"
         )
+    elif store.manifest.shape.rows_per_shard != images.rows_per_shard:
+        yield Problem(f"its shards have other rows than those of {images.place}", "precompute again")
 
 
 def _shard_problems(
@@ -160,7 +180,7 @@ def _shard_problems(
     for name, item in record.arrays.items():
         if name in wrong:
             continue
-        if hashlib.sha256(store.place.read(item.path)).hexdigest() != item.sha256:
+        if not _is_whole(store.place, item.path, item.bytes, item.sha256):
             found.append(Problem("sha256 differs: bytes were changed", mend, record.shard, name, rows))
         try:
             stored[name] = store.read_shard(name, record.shard)
@@ -209,28 +229,40 @@ def _tar_problems(images: ImageSet, shard: int, wrong: str | None) -> list[Probl
     mend = _mend(images.place)
     if wrong:
         return [Problem(wrong, mend, shard, info.name, span)]
-    found = []
-    data = images.place.read(info.name)
-    if hashlib.sha256(data).hexdigest() != info.sha256:
-        found.append(Problem("sha256 differs: bytes were changed", mend, shard, info.name, span))
-    if hashlib.sha256(images.place.read(row_list(info.name))).hexdigest() != info.rows_sha256:
-        found.append(Problem("its row list was changed", mend, shard, info.name, span))
+    problems = []
+    if not _is_whole(images.place, info.name, info.bytes, info.sha256):
+        problems.append("sha256 differs: bytes were changed")
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            keys = [name.split(".", 1)[0] for name in archive.getnames()]
-        if list(dict.fromkeys(keys)) != images.shard_keys(shard):
-            found.append(Problem("the tar holds other keys than its row list", mend, shard, info.name, span))
+        problems += _lies(images, shard)
         for row in rows:
-            sample = images[row]
-            if sample.image.shape != (3, images.size, images.size):
-                found.append(
-                    Problem(
-                        f"{sample.key} has shape {sample.image.shape}", mend, shard, info.name, (row, row)
-                    )
-                )
-    except (tarfile.TarError, ImageSetError, ValueError, KeyError) as error:
-        found.append(Problem(f"cannot be read ({error})", mend, shard, info.name, span))
-    return found
+            _ = images[row]
+    except (FileNotFoundError, ImageSetError, ValueError) as error:
+        problems.append(f"cannot be read ({reason(error)})")
+    return [Problem(what, mend, shard, info.name, span) for what in problems]
+
+
+def _lies(images: ImageSet, shard: int) -> Iterator[str]:
+    """What the row list says otherwise than the tar, which alone is under the set's fingerprint. Raises ValueError."""
+    info = images.shards[shard]
+    if hashlib.sha256(images.place.read(row_list(info.name))).hexdigest() != info.rows_sha256:
+        yield "its row list was changed"
+    with images.place.reading(info.name, info.bytes, info.sha256) as tar:
+        located = locate_rows(tar)
+    said = unseal(images.place.read(row_list(info.name)), SCHEMA_VERSION)["rows"]
+    if [row["key"] for row in located] != images.shard_keys(shard):
+        yield "the tar holds other keys than its row list"
+    elif located != said:
+        first = next(row["key"] for row, other in zip(located, said, strict=True) if row != other)
+        yield f"the row list says another label, group or place of sample {first} than the tar"
+
+
+def _is_whole(where: Place, name: str, size: int, sha256: str) -> bool:
+    """Whether the bytes that are about to be decoded are those of the record."""
+    try:
+        with where.reading(name, size, sha256) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except FileNotFoundError:
+        return False
 
 
 def _unfit(classes: np.ndarray, count: int) -> np.ndarray:

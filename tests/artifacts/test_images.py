@@ -320,7 +320,7 @@ def test_row_lists_without_checksums_are_refused_and_packing_again_mends_them(
     index.pop("seal")
     (packed.place.path / "index.json").write_bytes(seal(index))
     with tools.refused(
-        ImageSetError, "png.2: Field required", path=packed.place.path / "shard-000000.rows.json"
+        ImageSetError, ".2: Field required", path=packed.place.path / "shard-000000.rows.json"
     ):
         open_images(packed.place.path).read_images([0])
     tools.pack(packed.place.path)

@@ -230,9 +230,10 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, of which this process has used nothing; and no waiting between attempts."""
     monkeypatch.setenv("E2KD_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("E2KD_CACHE_GIB", raising=False)
-    monkeypatch.setattr(cache, "_used", set())
+    monkeypatch.setattr(cache, "_used", {})
+    monkeypatch.setattr(cache, "_held", set())
     monkeypatch.setattr(places, "FIRST_WAIT", 0.001)
-    return tmp_path / "cache"
+    return tmp_path / "cache/objects"
 
 
 class RemoteTools:

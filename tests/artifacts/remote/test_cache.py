@@ -263,12 +263,12 @@ def test_a_small_cache_reads_right_and_keeps_its_bound(
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("E2KD_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.folder() == tmp_path / "xdg/e2kd"
+    assert cache.folder() == tmp_path / "xdg/e2kd/objects"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.folder() == tmp_path / ".cache/e2kd"
+    assert cache.folder() == tmp_path / ".cache/e2kd/objects"
     monkeypatch.setenv("E2KD_CACHE_DIR", str(tmp_path / "own"))
-    assert cache.folder() == tmp_path / "own"
+    assert cache.folder() == tmp_path / "own/objects"
     assert cache.bound() == 20 * 2**30
     monkeypatch.setenv("E2KD_CACHE_GIB", "0.5")
     assert cache.bound() == 2**29
