@@ -62,6 +62,20 @@ def check_inside(root: Path, path: Path) -> None:
         )
 
 
+def check_links(root: Path) -> None:
+    """Raises WriteError if a link below a folder that is to be written to leads out of it."""
+    top = root.resolve()
+    for folder, folders, files in os.walk(root):
+        for link in (Path(folder, name) for name in (*folders, *files)):
+            target = Path(os.path.realpath(link)) if link.is_symlink() else top
+            if top not in (target, *target.parents):
+                raise WriteError(
+                    f"{link} is a link that leads out of {root}, to {target}, so nothing is written there; "
+                    "remove the link",
+                    path=link,
+                )
+
+
 def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -180,7 +180,13 @@ class LocalPlace(Place):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.path = Path(url)
+        self.path = self.root = Path(url)
+
+    def __truediv__(self, name: str) -> LocalPlace:
+        """What lies below is written below the same root: no link leads out of it."""
+        below = LocalPlace(f"{self.url.rstrip('/')}/{name}")
+        below.root = self.root
+        return below
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -201,21 +207,21 @@ class LocalPlace(Place):
             for folder, _, names in os.walk(self.path, onerror=_not_listed):
                 for name in names:
                     file = Path(folder, name)
-                    # another process may just have renamed or removed it
-                    with suppress(FileNotFoundError):
-                        sizes[file.relative_to(self.path).as_posix()] = file.stat().st_size
+                    size = _size(file)
+                    if size is not None:
+                        sizes[file.relative_to(self.path).as_posix()] = size
         return sizes
 
     def _view(self, name: str, size: int, sha256: str) -> View:
         return _File(self.path / name)
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
-        check_inside(self.path, self.path / name)
+        check_inside(self.root, self.path / name)
         return appearing(self.path / name)
 
     def remove(self, name: str) -> None:
         file = self.path / name
-        check_inside(self.path, file)
+        check_inside(self.root, file)
         with writing_to(file), suppress(FileNotFoundError):
             file.unlink()
             sync_folder(file.parent)
@@ -224,6 +230,16 @@ class LocalPlace(Place):
         for name in self.sizes():
             if name.endswith(".partial"):
                 sweep(self.path / name)
+
+
+def _size(file: Path) -> int | None:
+    """None for a file that another process just renamed or removed, and for a link that leads nowhere."""
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
 
 
 def regular(file: Path) -> int:

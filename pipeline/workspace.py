@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from artifacts import ImageSet, TeacherStore, open_images, open_store
+from artifacts.durable import check_links
 from artifacts.errors import ConfigError, DataError, StoreError
 from artifacts.names import in_file_name, masked
 from artifacts.places import LocalPlace, Place, Url, place
@@ -111,9 +112,14 @@ class Workspace:
         out: Path | None = None,
         progress: Progress | None = None,
     ) -> Workspace:
-        """Of a config file, in `out` (default: out/<the file's name>). Raises ConfigError for a wrong config."""
+        """Of a config file, in `out` (default: out/<the file's name>).
+
+        Raises ConfigError for a wrong config, WriteError if a link in that folder leads out of it.
+        """
         experiment = load(config, overrides)
-        return cls(experiment, Layout(out or Path("out") / config.stem, experiment.artifacts), None, progress)
+        root = out or Path("out") / config.stem
+        check_links(root)
+        return cls(experiment, Layout(root, experiment.artifacts), None, progress)
 
     @classmethod
     def around(
