@@ -13,6 +13,7 @@ from typing import Any
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
 from artifacts.errors import DamagedStore, ImageSetError, IncompleteStore, ModelError
+from artifacts.fields import Extent, Settings, Sha256
 from artifacts.manifest import (
     SCHEMA_VERSION,
     CodecInfo,
@@ -44,7 +45,7 @@ class SeenWeights(Record):
     mtime_ns: int
     ctime_ns: int
     inode: int
-    weights_sha256: str
+    weights_sha256: Sha256
 
     @classmethod
     def of(cls, file: Path, weights_sha256: str) -> SeenWeights:
@@ -68,12 +69,12 @@ class TeacherRecord(Record):
     """
 
     schema_version: int = SCHEMA_VERSION
-    configs: list[dict[str, Any]]
-    weights_sha256: str
-    preprocessing: dict[str, Any]
-    classes: int
-    image_size: int
-    map_size: tuple[int, int]
+    configs: list[Settings]
+    weights_sha256: Sha256
+    preprocessing: Settings
+    classes: Extent
+    image_size: Extent
+    map_size: tuple[Extent, Extent]
 
 
 def class_count(experiment: Experiment, images: ImageSet) -> int:
