@@ -181,7 +181,7 @@ def decompress(plan: ArrayPlan, view: View, size: int, place: np.ndarray, expect
 
 def _content_size(frame: bytes) -> int:
     """Bytes that a Zstandard frame says it decompresses to (RFC 8878, 3.1.1.1); -1 if it does not say."""
-    if frame[:4] != b"\x28\xb5\x2f\xfd" or len(frame) < 18:
+    if frame[:4] != b"\x28\xb5\x2f\xfd" or len(frame) < 6:
         return -1
     single, kind = frame[4] >> 5 & 1, frame[4] >> 6
     length = (1 if single else 0, 2, 4, 8)[kind]

@@ -15,7 +15,7 @@ import io
 import json
 import re
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -207,12 +207,11 @@ class _Export:
         if shard != self._shard:
             name, samples = tar_name(shard), dict[str, dict[str, bytes]]()
             try:
-                for _, key, extension, data in sample_files(io.BytesIO(self._tar(name))):
-                    if (
-                        extension not in _MEMBERS
-                        or samples.setdefault(key, {}).setdefault(extension, data) is not data
-                    ):
-                        raise ValueError(f"{key}.{extension} is no part of a sample, or is there twice")
+                with self._tar(name) as tar:
+                    for _, key, extension, data in sample_files(tar):
+                        if extension not in _MEMBERS or extension in samples.setdefault(key, {}):
+                            raise ValueError(f"{key}.{extension} is no part of a sample, or is there twice")
+                        samples[key][extension] = data
             except (FileNotFoundError, ValueError) as error:
                 raise self._damaged(name, reason(error)) from None
             rows = self.draft.shape.shard_rows(shard)
@@ -224,16 +223,16 @@ class _Export:
             self._shard, self._samples = shard, list(samples.items())
         return self._samples
 
-    def _tar(self, name: str) -> bytes:
+    def _tar(self, name: str) -> BinaryIO:
         """Raises ValueError if it is not the one of its record, looked at before it is read."""
         record = _TarRecord.model_validate(unseal(self.place.read(_record(name)), SCHEMA_VERSION))
         size = self.place.size(name)
         if size is not None and size != record.bytes:
             raise ValueError(f"it has {size} bytes, not {record.bytes}")
-        data = self.place.read(name)
-        if hashlib.sha256(data).hexdigest() != record.sha256:
+        tar = self.place.reading(name, record.bytes, record.sha256)
+        if hashlib.file_digest(tar, "sha256").hexdigest() != record.sha256:
             raise ValueError("its checksum differs")
-        return data
+        return tar
 
     def _damaged(self, name: str, what: object) -> StoreError:
         line = str(what).splitlines()[0] if str(what) else type(what).__name__

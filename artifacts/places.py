@@ -50,6 +50,9 @@ WRAPPERS = (
 OPEN_VIEWS = 128
 """Files held open per place: a big store has more objects than a process may open files."""
 
+LARGEST_READ = 2**28
+"""Bytes of an object that is read whole; larger ones are read by parts."""
+
 
 class View(ABC):
     """The bytes of one object, read by parts."""
@@ -194,7 +197,10 @@ class LocalPlace(Place):
     def read(self, name: str) -> bytes:
         file = self.path / name
         with reading_from(file), _no_way_through_a_file(), open(regular(file), "rb") as opened:
-            return opened.read()
+            size = os.fstat(opened.fileno()).st_size
+            if size > LARGEST_READ:
+                raise PlaceError(f"{file} has {size} bytes, which no record has; delete it", path=file)
+            return opened.read(LARGEST_READ)
 
     def size(self, name: str) -> int | None:
         file = self.path / name

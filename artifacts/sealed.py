@@ -8,8 +8,6 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-LARGEST = 2**28
-"""Bytes of a sealed file."""
 _DEEPEST = 40
 
 
@@ -20,8 +18,6 @@ def seal(content: dict[str, Any]) -> bytes:
 
 def unseal(data: bytes, schema_version: int) -> dict[str, Any]:
     """The content of a sealed file. Raises ValueError where it was changed, NewerSchema before looking."""
-    if len(data) > LARGEST:
-        raise ValueError(f"it has more than {LARGEST} bytes")
     # each level of a sealed file is indented by one more blank
     if b"\n" + b" " * (_DEEPEST + 1) in data:
         raise ValueError(f"it has more than {_DEEPEST} levels")
@@ -29,7 +25,7 @@ def unseal(data: bytes, schema_version: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it is not a mapping")
     version = content.get("schema_version", schema_version)
-    if type(version) is not int:
+    if type(version) is not int or not 0 < version < 2**31:
         raise ValueError("its schema_version is not a number")
     if version > schema_version:
         raise NewerSchema(version)
@@ -53,6 +49,8 @@ def _no_number(name: str) -> NoReturn:
 
 def reason(error: Exception) -> str:
     """One line: what is wrong with a file, by the error of reading it; never what the file holds at length."""
+    if isinstance(error, NewerSchema):
+        return f"its schema is {error}, of a newer e2kd"
     if not isinstance(error, ValidationError):
         return (str(error).splitlines() or [type(error).__name__])[0][:200]
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -60,7 +58,7 @@ def reason(error: Exception) -> str:
     return f"{where}: {first['msg']}"[:200] if where else first["msg"][:200]
 
 
-class NewerSchema(Exception):
+class NewerSchema(ValueError):
     """The file was written by a newer e2kd; args[0] is its schema version."""
 
 

@@ -1,0 +1,184 @@
+"""Small files that want to be large: refused at once, with a sentence, in little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts import DamagedStore, open_store
+from artifacts.arrays import array_plans, join
+from artifacts.sealed import parsed, seal, unseal
+from artifacts.store import load_store
+
+
+def rle(content: int, said: int | None) -> bytes:
+    """A Zstandard frame of `content` zeros, 4 bytes for 128 KiB, that says that it is `said` bytes long, or nothing."""
+    head = b"\x28\xb5\x2f\xfd"
+    head += b"\x00\x58" if said is None else b"\xe0" + struct.pack("<Q", said)
+    blocks, left = [], content
+    while left:
+        size = min(left, 2**17)
+        left -= size
+        blocks.append(struct.pack("<I", size << 3 | 1 << 1 | (not left))[:3] + b"\0")
+    return head + b"".join(blocks)
+
+
+def put_chunk(world: Any, chunk: bytes, array: str = "maps") -> None:
+    """Make it the first chunk of an array, with an index, a record and a manifest that fit."""
+    plan = array_plans(load_store(world.store).manifest)[array]
+    data = b"".join(join(plan, [chunk]))
+    (world.store / plan.object_name(0)).write_bytes(data)
+    said = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "checksums": chunk[-4:].hex(),
+    }
+    world.lie(lambda manifest: manifest["shards"][0]["arrays"][array].update(said))
+    world.reseal(world.store / "commits/000000.json", lambda record: record["arrays"][array].update(said))
+
+
+LENGTH = 4 * 4 * 2  # bytes of a chunk of maps: four rows of 2 x 2 in float16
+
+
+@pytest.mark.parametrize("said", [None, LENGTH, LENGTH - 1, LENGTH + 1, 0, 3 * 2**30, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("content", [3 * 2**30, LENGTH + 1, LENGTH - 1])
+def test_a_chunk_that_grows(world: Any, content: int, said: int | None) -> None:
+    """a06: 183 kB became 6.6 GB."""
+    put_chunk(world, rle(content, said))
+    with world.untouched(), world.frugal(), pytest.raises(DamagedStore, match="cannot be read"):
+        open_store(world.store).read([0])
+    with world.frugal():
+        assert "cannot be decoded" in world.refused("verify", world.store, code=3)
+
+
+def test_a_chunk_of_the_right_length_is_read(world: Any) -> None:
+    """The frames above are frames."""
+    put_chunk(world, rle(LENGTH, LENGTH))
+    assert open_store(world.store).read([0]).maps.max() == 0
+
+
+@pytest.mark.parametrize(
+    "places", [(0, 2**40), (2**40, 16), (2**63, 2**63), (2**64 - 1, 5), (0, 0), (0, 2**64 - 2)]
+)
+def test_an_index_of_an_object_that_leads_out_of_it(world: Any, places: tuple[int, int]) -> None:
+    import google_crc32c
+
+    record = load_store(world.store).manifest.shards[0].arrays["maps"]
+    file = world.store / record.path
+    index = struct.pack("<QQ", *places)
+    data = file.read_bytes()[: -len(index) - 4] + index + google_crc32c.value(index).to_bytes(4, "big")
+    data = data[:-4] + google_crc32c.value(index).to_bytes(4, "little")
+    file.write_bytes(data)
+    said = {"sha256": hashlib.sha256(data).hexdigest()}
+    world.lie(lambda manifest: manifest["shards"][0]["arrays"]["maps"].update(said))
+    with world.frugal(), pytest.raises(DamagedStore):
+        open_store(world.store).read([0])
+    world.refused("verify", world.store, code=3)
+
+
+DEEP = [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"[" * 100_000 + b"]" * 100_000,
+    b'{"a":' * 900 + b"1" + b"}" * 900,
+    b'{"a": ' + b"9" * 5000 + b"}",
+    b'{"a": ' + b"9" * 4000 + b"}",
+    b'{"a": 1e400}',
+    b'{"a": NaN, "seal": ""}',
+    b'{"a": -Infinity}',
+    b'{"schema_version": true}',
+    b'{"schema_version": ' + b"9" * 4000 + b"}",
+    b'{"schema_version": 1e400}',
+    b'{"schema_version": "1"}',
+    b"\xff\xfe[",
+    b"\x00" * 100,
+    b"",
+    b"7",
+    b"null",
+    b'"' + b"a" * 100_000 + b'"',
+    b'{"a": "\\ud800"}',
+]
+
+
+def nested(levels: int) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for _ in range(levels):
+        content = {"a": content}
+    return content
+
+
+@pytest.mark.parametrize("data", DEEP, ids=range(len(DEEP)))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "images/train/index.json",
+        "images/train/shard-000000.rows.json",
+        "images/train/packing.json",
+        "stores/s/train/manifest.json",
+        "stores/s/train/draft.json",
+        "stores/s/train/commits/000001.json",
+        "export/e2kd.json",
+        "export/shard-000000.json",
+    ],
+)
+def test_json_that_is_too_deep_or_too_large(world: Any, name: str, data: bytes) -> None:
+    """F15, as it is and sealed."""
+    (world.strange / name).write_bytes(data)
+    to = (world.root / "cache/i", world.root / "cache/s")
+    with world.frugal():
+        if name.startswith("export"):
+            world.refused("import", world.export, *to)
+        elif name.startswith("images"):
+            world.refused("verify", world.images, code=3)
+        else:
+            world.refused("verify", world.store, code=3)
+
+
+@pytest.mark.parametrize("levels", [41, 500, 900])
+@pytest.mark.parametrize("name", ["images/train/index.json", "stores/s/train/manifest.json"])
+def test_settings_that_are_too_deep_and_sealed(world: Any, name: str, levels: int) -> None:
+    content = json.loads((world.strange / name).read_bytes())
+    content.pop("seal")
+    content["view"]["x"] = nested(levels)
+    (world.strange / name).write_bytes(seal(content))
+    world.refused("verify", world.strange / name.rpartition("/")[0], code=3)
+    assert "levels" in world.refused("inspect", world.strange / name.rpartition("/")[0])
+
+
+@pytest.mark.parametrize("value", [10**30, -(10**30), 10**4000])
+def test_settings_with_a_huge_number(world: Any, value: int) -> None:
+    world.lie(lambda manifest: manifest["explainer"]["settings"].update(x=value))
+    assert "more than 64 bits" in world.refused("inspect", world.store)
+
+
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_a_record_that_is_a_sparse_file(world: Any, name: str) -> None:
+    folder: Path = world.images if name == "index.json" else world.store
+    os.truncate(folder / name, 40 * 2**30)
+    with world.frugal():
+        assert "bytes" in world.refused("inspect", folder)
+        world.refused("verify", folder, code=3)
+
+
+def test_a_tar_that_is_a_sparse_file(world: Any) -> None:
+    """Its size is not that of the index."""
+    os.truncate(world.images / "shard-000000.tar", 40 * 2**30)
+    with world.frugal():
+        world.refused("verify", world.images, code=3)
+    os.truncate(world.export / "shard-000000.tar", 40 * 2**30)
+    with world.frugal():
+        world.refused("import", world.export, world.root / "cache/i", world.root / "cache/s")
+
+
+def test_a_seal_is_of_bounded_depth() -> None:
+    assert unseal(seal(nested(39)), 1) == nested(39)
+    with pytest.raises(ValueError, match="levels"):
+        unseal(seal(nested(42)), 1)
+    with pytest.raises(ValueError, match="nested"):
+        parsed(b"[" * 100_000)
