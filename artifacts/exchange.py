@@ -37,7 +37,7 @@ from artifacts.writer import StoreWriter
 ABOUT = "e2kd.json"
 _BATCH = 64
 _NPY = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[248])', 'fortran_order': False, 'shape': \([0-9, ]*\), \} *\n", re.S
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[24])', 'fortran_order': False, 'shape': \([0-9, ]*\), \} *\n", re.S
 )
 """The header of a .npy file, as numpy writes it."""
 
