@@ -21,7 +21,7 @@ from artifacts.images import Sample
 from artifacts.index import SCHEMA_VERSION, Index, Packed, tar_name
 from artifacts.places import Place, Url, place
 from artifacts.rowlist import RowList, locate_rows, read_row_list, row_list
-from artifacts.sealed import NewerSchema, reason, seal, unseal
+from artifacts.sealed import NewerSchema, reason, seal, shown, unseal
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 KEPT = ("schema_version", "view", "classes", "rows_per_shard")
@@ -109,7 +109,9 @@ def _begin(where: Place, plan: dict[str, Any]) -> None:
         )
     differing = [] if old is None else [key for key in plan if old.get(key) != plan[key]]
     if old is not None and differing:
-        lines = "\n".join(f"  {key}: packed {old.get(key)!r}, config {plan[key]!r}" for key in differing)
+        lines = "\n".join(
+            f"  {key}: packed {shown(old.get(key))}, config {shown(plan[key])}" for key in differing
+        )
         raise ImageSetError(
             f"{where} holds other images than the config asks for:\n{lines}\n"
             f"use another folder (--out DIR), or delete it: rm -r {where}",

@@ -11,7 +11,7 @@ from artifacts.arrays import check_shards
 from artifacts.errors import DamagedStore, IncompleteStore, MismatchedStore, StoreError
 from artifacts.manifest import SCHEMA_VERSION, Manifest, ManifestDraft, ShardRecord, differences
 from artifacts.places import Place
-from artifacts.sealed import NewerSchema, reason, seal, unseal
+from artifacts.sealed import NewerSchema, reason, seal, shown, unseal
 
 MEND = "run: e2kd precompute CONFIG"
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -55,7 +55,9 @@ def check_same(place: Place, old: ManifestDraft, new: ManifestDraft) -> None:
 
 def mismatch(place: Place, differing: Mapping[str, tuple[Any, Any]]) -> MismatchedStore:
     """The error for stores at `place` that belong to something else. `differing`: by name, (store's, config's)."""
-    lines = "\n".join(f"  {key}: store {old!r}, config {new!r}" for key, (old, new) in differing.items())
+    lines = "\n".join(
+        f"  {key}: store {shown(old)}, config {shown(new)}" for key, (old, new) in differing.items()
+    )
     return MismatchedStore(
         f"{place} was made for something else:\n{lines}\n"
         f"give this one another name (store.name), or delete the folder and {MEND}",

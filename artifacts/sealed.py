@@ -58,6 +58,12 @@ def reason(error: Exception) -> str:
     return f"{where}: {first['msg']}"[:200] if where else first["msg"][:200]
 
 
+def shown(value: object) -> str:
+    """What a file holds, for a sentence: at most 200 letters of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 class NewerSchema(ValueError):
     """The file was written by a newer e2kd; args[0] is its schema version."""
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from artifacts import Sample, TeacherRows, cache, open_images, open_store, places
 from artifacts.exchange import export_store
@@ -29,6 +30,7 @@ from artifacts.sealed import seal
 from artifacts.writer import StoreWriter
 from cli.main import app, run_guarded
 
+COMMAND = typer.main.get_command(app)
 SIZE, ROWS, PER_SHARD, CLASSES = 16, 10, 4, 3
 SECRETS = ("thesis.txt", ".bashrc", "pictures/holiday.jpg")
 
@@ -56,7 +58,7 @@ class World:
     def __call__(self, *arguments: object) -> Ended:
         """Run a command."""
         self._capsys.readouterr()
-        code = run_guarded(lambda: app([str(word) for word in arguments]))
+        code = run_guarded(lambda: COMMAND([str(word) for word in arguments]))
         said = self._capsys.readouterr()
         return Ended(code, said.out, said.err)
 
@@ -209,6 +211,8 @@ def world(
     monkeypatch.setattr(cache, "_used", {})
     monkeypatch.setattr(cache, "_held", set())
     monkeypatch.setattr(places, "FIRST_WAIT", 0.001)
+    # no power is cut here, and a disk takes its time
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     return made
 
 

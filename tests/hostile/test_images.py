@@ -120,7 +120,7 @@ def test_a_webp_of_another_size_is_not_decoded(world: Any, tools: Any) -> None:
 
 
 def test_texts_in_an_image_stay_packed(world: Any, tools: Any) -> None:
-    text = zlib.compress(bytes(200_000_000), 9)
+    text = zlib.compress(bytes(120_000_000), 1)
     data = b"k\0\0" + text
     extra = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     refused(world, of_members(world, tools, png=png(16, 16, extra)))
