@@ -13,7 +13,7 @@ DEEPEST = 32
 LARGEST_IMAGE = 4096
 """Pixels of a side of a packed image."""
 MOST_ROWS_PER_SHARD = 65_536
-LARGEST_ROW = 2**26
+LARGEST_ROW = 2**24
 """Numbers that one array of a store holds for one row."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

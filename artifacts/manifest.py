@@ -67,6 +67,8 @@ class StoreShape(Record):
         maps = (self.views, self.explained, self.channels, self.height, self.width)
         if max(math.prod(maps), self.views * self.classes) > LARGEST_ROW:
             raise ValueError(f"a row has more than {LARGEST_ROW} numbers")
+        if self.rows_per_shard * self.views * self.explained > LARGEST_ROW:
+            raise ValueError(f"a shard has more than {LARGEST_ROW} maps")
         return self
 
     @property

@@ -47,9 +47,20 @@ class TeacherStore:
         logit_scale = self._take("logit_scale", index) if "logit_scale" in self.plans else None
         return TeacherRows(
             decode_logits(self._logits, self._take("logits", index), logit_scale),
-            self._take("explained_class", index).astype(np.int64).clip(min=NO_CLASS),
+            self._classes(index),
             self.read_maps(index),
         )
+
+    def _classes(self, index: np.ndarray) -> np.ndarray:
+        """The explained classes, i64. Raises DamagedStore if there is no such class."""
+        stored = self._take("explained_class", index)
+        if (stored >= self.manifest.shape.classes).any():
+            row = int(index[(stored >= self.manifest.shape.classes).reshape(len(index), -1).any(1).argmax()])
+            shard = row // self.manifest.shape.rows_per_shard
+            raise damaged(
+                self.place, "explained_class", shard, range(row, row + 1), "has a class out of range"
+            )
+        return stored.astype(np.int64).clip(min=NO_CLASS)
 
     def read_maps(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Only the maps: f32 [B,V,K,c,h,w]."""
@@ -70,10 +81,14 @@ class TeacherStore:
 
     def read_shard(self, name: str, shard: int) -> np.ndarray:
         """One array's rows of one shard, as stored. Raises DamagedStore."""
-        span = self.manifest.shape.shard_rows(shard)
-        step = self.plans[name].chunk_rows
-        chunks = [self._chunk(name, row) for row in range(span.start, span.stop, step)]
-        return np.concatenate(chunks)[: len(span)]
+        return np.concatenate([chunk for _, chunk in self.shard_chunks(name, shard)])
+
+    def shard_chunks(self, name: str, shard: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows of the shard, these rows as stored), chunk by chunk. Raises DamagedStore."""
+        span, step = self.manifest.shape.shard_rows(shard), self.plans[name].chunk_rows
+        for start in range(0, len(span), step):
+            rows = slice(start, min(start + step, len(span)))
+            yield rows, self._chunk(name, span.start + start)[: rows.stop - rows.start]
 
     def check_metadata(self, name: str) -> None:
         """Raises DamagedStore if an array's zarr.json is not the one that was written."""

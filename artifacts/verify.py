@@ -21,6 +21,8 @@ from artifacts.rowlist import locate_rows, row_list
 from artifacts.sealed import NewerSchema, reason, unseal
 from artifacts.store import TeacherStore, load_store
 
+_SCALES = ("map_scale", "logit_scale")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -176,21 +178,16 @@ def _shard_problems(
     found = [Problem(what, mend, record.shard, name, rows) for name, what in wrong.items()]
     if quick:
         return found
-    stored: dict[str, np.ndarray] = {}
-    for name, item in record.arrays.items():
-        if name in wrong:
-            continue
+    scales: dict[str, np.ndarray] = {}
+    for name in sorted(record.arrays.keys() - wrong.keys(), key=lambda name: (name not in _SCALES, name)):
+        item = record.arrays[name]
         if not _is_whole(store.place, item.path, item.bytes, item.sha256):
             found.append(Problem("sha256 differs: bytes were changed", mend, record.shard, name, rows))
         try:
-            stored[name] = store.read_shard(name, record.shard)
+            what = _bad_values(store, record.shard, name, scales)
         except DamagedStore:
-            found.append(Problem("cannot be decoded", mend, record.shard, name, rows))
-    found += [
-        Problem(what, mend, record.shard, name, rows)
-        for name, what in _bad_values(store, stored)
-        if name not in wrong
-    ]
+            what = "cannot be decoded"
+        found += [Problem(what, mend, record.shard, name, rows)] if what else []
     try:
         known = images is not None and record.shard < len(images.shards)
         if images is not None and known and images.keys_sha256(record.shard) != record.keys_sha256:
@@ -202,25 +199,34 @@ def _shard_problems(
     return found
 
 
-def _bad_values(store: TeacherStore, stored: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
-    """(array, what is wrong with its decoded values)."""
-    manifest = store.manifest
-    if "logits" in stored and ("logit_scale" in stored) == ("logit_scale" in store.plans):
-        logits = decode_logits(get_codec(manifest.logits.codec), stored["logits"], stored.get("logit_scale"))
-        if not np.isfinite(logits).all():
-            yield "logits", "has values that are not finite"
-    if "maps" in stored and "map_scale" in stored:
-        for start in range(0, len(stored["maps"]), 32):  # decoded, a shard of big maps takes gigabytes
-            rows = slice(start, start + 32)
-            maps = decode_maps(
-                get_codec(manifest.maps.codec), stored["maps"][rows], stored["map_scale"][rows]
-            )
-            if not np.isfinite(maps).all():
-                yield "maps", "has values that are not finite"
-                break
-    classes = stored.get("explained_class")
-    if classes is not None and _unfit(classes, manifest.shape.classes).any():
-        yield "explained_class", "has classes out of range"
+def _bad_values(store: TeacherStore, shard: int, name: str, scales: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with an array's values, decoded chunk by chunk: a shard of big maps takes gigabytes.
+
+    A scale is kept in `scales`, for the array that is divided by it. Raises DamagedStore.
+    """
+    if name in _SCALES:
+        scales[name] = store.read_shard(name, shard)
+        return None
+    # all chunks are decoded, whatever the first ones hold
+    fit = [_is_fit(store, name, chunk, rows, scales) for rows, chunk in store.shard_chunks(name, shard)]
+    if all(fit):
+        return None
+    return "has classes out of range" if name == "explained_class" else "has values that are not finite"
+
+
+def _is_fit(
+    store: TeacherStore, name: str, chunk: np.ndarray, rows: slice, scales: Mapping[str, np.ndarray]
+) -> bool:
+    """Whether stored rows are classes that there are, or finite numbers, if their scale is there to tell."""
+    manifest, kind = store.manifest, {"logits": "logit_scale", "maps": "map_scale"}.get(name)
+    if kind is None:
+        return not _unfit(chunk, manifest.shape.classes).any()
+    if kind in store.plans and kind not in scales:
+        return True
+    scale = scales[kind][rows] if kind in scales else None
+    if name == "logits":
+        return bool(np.isfinite(decode_logits(get_codec(manifest.logits.codec), chunk, scale)).all())
+    return scale is None or bool(np.isfinite(decode_maps(get_codec(manifest.maps.codec), chunk, scale)).all())
 
 
 def _tar_problems(images: ImageSet, shard: int, wrong: str | None) -> list[Problem]:

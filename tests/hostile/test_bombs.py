@@ -13,8 +13,11 @@ import pytest
 
 from artifacts import DamagedStore, open_store
 from artifacts.arrays import array_plans, join
+from artifacts.manifest import CodecInfo, ObjectRecord, ShardRecord, StoreShape
+from artifacts.records import write_record
 from artifacts.sealed import parsed, seal, unseal
 from artifacts.store import load_store
+from artifacts.writer import StoreWriter
 
 
 def rle(content: int, said: int | None) -> bytes:
@@ -80,6 +83,31 @@ def test_an_index_of_an_object_that_leads_out_of_it(world: Any, places: tuple[in
     with world.frugal(), pytest.raises(DamagedStore):
         open_store(world.store).read([0])
     world.refused("verify", world.store, code=3)
+
+
+def test_a_shard_of_large_maps_is_checked_one_by_one(world: Any, tools: Any) -> None:
+    """Each chunk is what the shape says, 4 MiB of zeros in 150 bytes; all at once, decoded, they are 1 GiB."""
+    rows = 64
+    shape = StoreShape(rows=rows, rows_per_shard=rows, classes=3, channels=1, height=2048, width=2048)
+    plan = tools.draft("1" * 64).model_copy(
+        update={"shape": shape, "maps": CodecInfo(codec="e2kd.int8", error_bound="x")}
+    )
+    writer = StoreWriter(world.strange / "large", plan)
+    writer.create()
+    arrays = {}
+    for name, array in writer.plans.items():
+        length = array.chunk_rows * array.row_bytes
+        chunks = [rle(length, length)] * (rows // array.chunk_rows)
+        data = b"".join(join(array, chunks))
+        writer.place.write(array.object_name(0), data)
+        digest = hashlib.sha256(data).hexdigest()
+        sums = "".join(chunk[-4:].hex() for chunk in chunks)
+        arrays[name] = ObjectRecord(path=array.object_name(0), bytes=len(data), sha256=digest, checksums=sums)
+    record = ShardRecord(shard=0, start=0, stop=rows, keys_sha256="0" * 64, dead_maps=rows, arrays=arrays)
+    write_record(writer.place, "commits/000000.json", record)
+    writer.finish()
+    with world.frugal():
+        assert world("verify", writer.place).code == 0
 
 
 DEEP = [
