@@ -54,7 +54,7 @@ def appearing(path: Path, patience: float = PATIENCE) -> Iterator[Path]:
 
 def check_inside(root: Path, path: Path) -> None:
     """Raises WriteError if a link leads from `path`, or the folders above it, out of the folder `root`."""
-    top, folder = root.resolve(), path.parent.resolve()
+    top, folder = _real(root), _real(path.parent)
     if folder != top and top not in folder.parents:
         raise WriteError(
             f"{path} is not written: a link on the way leads out of {root}, to {folder}; remove the link",
@@ -64,16 +64,21 @@ def check_inside(root: Path, path: Path) -> None:
 
 def check_links(root: Path) -> None:
     """Raises WriteError if a link below a folder that is to be written to leads out of it."""
-    top = root.resolve()
+    top = _real(root)
     for folder, folders, files in os.walk(root):
         for link in (Path(folder, name) for name in (*folders, *files)):
-            target = Path(os.path.realpath(link)) if link.is_symlink() else top
+            target = _real(link) if link.is_symlink() else top
             if top not in (target, *target.parents):
                 raise WriteError(
                     f"{link} is a link that leads out of {root}, to {target}, so nothing is written there; "
                     "remove the link",
                     path=link,
                 )
+
+
+def _real(path: Path) -> Path:
+    """Where links lead; one that leads to itself stays."""
+    return Path(os.path.realpath(path))
 
 
 def sync_folder(folder: Path) -> None:

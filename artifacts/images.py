@@ -182,12 +182,14 @@ class ImageSet:
 
     def _decoded(self, row: int, extension: str, mode: str) -> np.ndarray:
         """A packed image, of its extension's format and of S x S px: both are known before a pixel is decoded."""
-        data = self._member(row, extension)
         try:
+            data = self._member(row, extension)
             with Image.open(io.BytesIO(data), formats=[(FORMATS | _MASK)[extension]]) as image:
                 if image.size == (self.size, self.size):
                     return np.asarray(image.convert(mode))
                 what: object = f"it has {image.size} pixels, not {self.size} x {self.size}"
+        except ImageSetError:
+            raise
         # Pillow raises whatever its decoders raise
         except Exception as error:
             what = error

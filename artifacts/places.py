@@ -198,8 +198,7 @@ class LocalPlace(Place):
         file = self.path / name
         with reading_from(file), _no_way_through_a_file(), open(regular(file), "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
-            if size > LARGEST_READ:
-                raise PlaceError(f"{file} has {size} bytes, which no record has; delete it", path=file)
+            _bounded(str(file), size)
             return opened.read(LARGEST_READ)
 
     def size(self, name: str) -> int | None:
@@ -236,6 +235,12 @@ class LocalPlace(Place):
         for name in self.sizes():
             if name.endswith(".partial"):
                 sweep(self.path / name)
+
+
+def _bounded(name: str, size: int) -> None:
+    """Raises PlaceError for an object that is too large to be read whole."""
+    if size > LARGEST_READ:
+        raise PlaceError(f"{name} has {size} bytes, which no record has; delete it", path=name)
 
 
 def _size(file: Path) -> int | None:
@@ -280,6 +285,7 @@ class RemotePlace(Place):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._process, self._system = -1, None
+        self._known: dict[str, int] = {}
         _ = self.system  # an unknown protocol is an error now
 
     @property
@@ -308,14 +314,23 @@ class RemotePlace(Place):
         return self._system
 
     def read(self, name: str) -> bytes:
+        # mostly known by a listing: asking for each of a thousand row lists would take a minute
+        size = self._known.get(name, 0) or self.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self}/{name}")
+        _bounded(f"{self}/{name}", size)
         return self._call(name, lambda path: self.system.cat_file(path))
 
     def size(self, name: str) -> int | None:
+        self._known.pop(name, None)
         try:
             info = self._call(name, lambda path: self.system.info(path))
         except FileNotFoundError:
             return None
-        return int(info["size"]) if info["type"] == "file" else None
+        if info["type"] != "file":
+            return None
+        self._known[name] = int(info["size"])
+        return self._known[name]
 
     def sizes(self) -> dict[str, int]:
         try:
@@ -323,7 +338,8 @@ class RemotePlace(Place):
         except FileNotFoundError:
             return {}
         root = self.system._strip_protocol(self.url).rstrip("/") + "/"
-        return {path.removeprefix(root): int(about["size"]) for path, about in objects.items()}
+        self._known = {path.removeprefix(root): int(about["size"]) for path, about in objects.items()}
+        return dict(self._known)
 
     def _view(self, name: str, size: int, sha256: str) -> View:
         def fetch(file: Path) -> None:

@@ -73,10 +73,10 @@ def verify_store(
         beside = open_images(images) if images is not None else None
     except E2kdError as error:
         return VerifyReport(where, 0, (Problem(str(error), ""),))
+    sizes = where.sizes()
     problems = [*_changed_records(store)]
     if beside:
         problems += _alignment(store, beside)
-    sizes = where.sizes()
     for record in store.manifest.shards:
         problems += _shard_problems(store, record, beside, sizes, quick)
         if progress:

@@ -189,9 +189,10 @@ def test_settings_with_a_huge_number(world: Any, value: int) -> None:
 def test_a_record_that_is_a_sparse_file(world: Any, name: str) -> None:
     folder: Path = world.images if name == "index.json" else world.store
     os.truncate(folder / name, 40 * 2**30)
-    with world.frugal():
-        assert "bytes" in world.refused("inspect", folder)
-        world.refused("verify", folder, code=3)
+    for url in (folder, f"local://{folder}"):
+        with world.frugal():
+            assert "bytes, which no record has" in world.refused("inspect", url)
+            world.refused("verify", url, code=3)
 
 
 def test_a_tar_that_is_a_sparse_file(world: Any) -> None:

@@ -129,6 +129,14 @@ def test_nothing_is_written_below_a_linked_folder(world: Any, folder: str) -> No
     assert str(store) in said
 
 
+@pytest.mark.parametrize("target", ["{home}/new", "commits", "../../../home", "/dev/null", "/nowhere/x"])
+def test_a_folder_that_leads_nowhere(world: Any, target: str) -> None:
+    store = world.root / "cache/store"
+    store.mkdir()
+    (store / "commits").symlink_to(target.format(home=world.home))
+    world.refused("import", world.export, world.root / "cache/images", store)
+
+
 def test_nothing_is_removed_below_a_linked_folder(world: Any) -> None:
     (world.home / "000001.json").write_text("mine")
     shutil.rmtree(world.store / "commits")
