@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,11 +74,13 @@ class World:
     def listing(self, *without: str) -> dict[str, tuple[object, ...]]:
         """Everything there is, apart from some folders, and what it is."""
         found: dict[str, tuple[object, ...]] = {}
-        for folder, folders, files in os.walk(self.root):
-            for path in (Path(folder, name) for name in (*folders, *files)):
-                name = path.relative_to(self.root).as_posix()
-                if name.split("/")[0] not in without:
-                    found[name] = _what(path)
+        left = [str(self.root)]
+        while left:
+            for entry in os.scandir(left.pop()):
+                name = entry.path.removeprefix(f"{self.root}/")
+                if name not in without:
+                    found[name] = _what(entry)
+                    left += [entry.path] if entry.is_dir(follow_symlinks=False) else []
         return found
 
     @contextmanager
@@ -119,15 +120,17 @@ class World:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < mib * 1024
 
 
-def _what(path: Path) -> tuple[object, ...]:
-    about = path.lstat()
-    if stat.S_ISLNK(about.st_mode):
-        return "link", os.readlink(path)
-    if not stat.S_ISREG(about.st_mode):
-        return (stat.S_IFMT(about.st_mode), stat.S_IMODE(about.st_mode))
+def _what(entry: os.DirEntry[str]) -> tuple[object, ...]:
+    about = entry.stat(follow_symlinks=False)
+    if entry.is_symlink():
+        return "link", os.readlink(entry.path)
+    if not entry.is_file(follow_symlinks=False):
+        return (about.st_mode,)
     # a sparse file may say that it has a terabyte
-    content = hashlib.sha256(path.read_bytes()).hexdigest() if about.st_size < 10**7 else about.st_size
-    return stat.S_IMODE(about.st_mode), content
+    if about.st_size > 10**7:
+        return about.st_mode, about.st_size
+    with open(entry.path, "rb") as file:
+        return about.st_mode, file.read()
 
 
 def sample(row: int) -> Sample:

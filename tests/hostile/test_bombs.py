@@ -86,9 +86,9 @@ def test_an_index_of_an_object_that_leads_out_of_it(world: Any, places: tuple[in
 
 
 def test_a_shard_of_large_maps_is_checked_one_by_one(world: Any, tools: Any) -> None:
-    """Each chunk is what the shape says, 4 MiB of zeros in 150 bytes; all at once, decoded, they are 1 GiB."""
+    """Each chunk is what the shape says, 1 MiB of zeros in 50 bytes; all at once, decoded, they are 256 MiB."""
     rows = 64
-    shape = StoreShape(rows=rows, rows_per_shard=rows, classes=3, channels=1, height=2048, width=2048)
+    shape = StoreShape(rows=rows, rows_per_shard=rows, classes=3, channels=1, height=1024, width=1024)
     plan = tools.draft("1" * 64).model_copy(
         update={"shape": shape, "maps": CodecInfo(codec="e2kd.int8", error_bound="x")}
     )
@@ -141,7 +141,6 @@ def nested(levels: int) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("data", DEEP, ids=range(len(DEEP)))
 @pytest.mark.parametrize(
     "name",
     [
@@ -155,17 +154,17 @@ def nested(levels: int) -> dict[str, Any]:
         "export/shard-000000.json",
     ],
 )
-def test_json_that_is_too_deep_or_too_large(world: Any, name: str, data: bytes) -> None:
-    """F15, as it is and sealed."""
-    (world.strange / name).write_bytes(data)
+def test_json_that_is_too_deep_or_too_large(world: Any, name: str) -> None:
+    """F15"""
     to = (world.root / "cache/i", world.root / "cache/s")
-    with world.frugal():
-        if name.startswith("export"):
-            world.refused("import", world.export, *to)
-        elif name.startswith("images"):
-            world.refused("verify", world.images, code=3)
-        else:
-            world.refused("verify", world.store, code=3)
+    folder = world.images if name.startswith("images") else world.store
+    for data in DEEP:
+        (world.strange / name).write_bytes(data)
+        with world.frugal():
+            if name.startswith("export"):
+                world.refused("import", world.export, *to)
+            else:
+                world.refused("verify", folder, code=3)
 
 
 @pytest.mark.parametrize("levels", [41, 500, 900])
