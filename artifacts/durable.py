@@ -71,7 +71,7 @@ def check_links(root: Path) -> None:
             if top not in (target, *target.parents):
                 raise WriteError(
                     f"{link} is a link that leads out of {root}, to {target}, so nothing is written there; "
-                    "remove the link",
+                    "remove the link (`artifacts: FOLDER` in the config puts stores and images on another disk)",
                     path=link,
                 )
 

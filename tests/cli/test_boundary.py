@@ -167,7 +167,7 @@ def test_a_run_whose_file_is_a_folder(e2kd: Any, tiny: Path, finished: Path) -> 
     file.unlink()
     file.mkdir()
     assert e2kd.refused("report", tiny, "--out", finished) == (
-        f"cannot read {file}: Is a directory; make it readable"
+        f"cannot read {file}: it is not a regular file; make it readable"
     )
     with pytest.raises(CheckpointError) as caught:
         Run(file.parent).result()
