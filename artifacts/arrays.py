@@ -146,7 +146,7 @@ def checksum(chunk: bytes) -> bytes:
 
 
 def read_index(plan: ArrayPlan, view: View, size: int) -> np.ndarray:
-    """Offsets and lengths u64 [chunks,2] of a shard object of `size` bytes. Raises ValueError where it is damaged."""
+    """Offsets and lengths u64 [chunks,2] of a shard object of `size` bytes. Raises ValueError if it is damaged."""
     length = 16 * plan.chunks_per_shard
     if size < length + 4:
         raise ValueError("it is too short for its index")
@@ -159,7 +159,7 @@ def read_index(plan: ArrayPlan, view: View, size: int) -> np.ndarray:
 def decompress(plan: ArrayPlan, view: View, size: int, place: np.ndarray, expected: bytes) -> np.ndarray:
     """Rows [chunk_rows, *tail] of the chunk at `place` (offset, length) of an object of `size` bytes.
 
-    Decompresses into memory of that shape and not a byte more. Raises ValueError where it is damaged.
+    Decompresses into memory of that shape and not a byte more. Raises ValueError if it is damaged.
     """
     offset, length = int(place[0]), int(place[1])
     if offset == _MISSING:

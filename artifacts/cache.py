@@ -62,7 +62,7 @@ def bound() -> int:
 
 
 def kept(sha256: str, size: int, fetch: Callable[[Path], None]) -> Path | None:
-    """The copy of the object with this checksum, fetched if need be; None where there is no room for it here.
+    """The copy of the object with this checksum, fetched if need be; None if there is no room for it here.
 
     None also where what was fetched is not that object: the reader then meets the damage in the remote bytes.
     """
@@ -149,7 +149,7 @@ def _identity(file: Path) -> tuple[int, ...]:
 
 
 def _make_room(size: int) -> bool:
-    """Remove the longest unused copies until `size` more bytes fit. False where they do not."""
+    """Remove the longest unused copies until `size` more bytes fit. False if they do not."""
     _make_folder()
     copies: list[tuple[float, int, Path]] = []
     for file in folder().iterdir():

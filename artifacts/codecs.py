@@ -32,14 +32,14 @@ class StoredNumbers(Codec):
         """float32 [rows, ...] -> `stored_dtype`. Raises ValueError naming the first row that is not finite."""
 
     def decode(self, buf: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """`stored_dtype` -> float32, into `out` where it is given."""
+        """`stored_dtype` -> float32, into `out` if it is given."""
         if out is None:
             return np.asarray(buf).astype(np.float32)
         np.copyto(out, buf)
         return out
 
     def map_scale(self, maps: np.ndarray) -> np.ndarray:
-        """f32 [rows,V,K,c,h,w] -> f32 [rows,V,K], > 0: what each map is divided by; not finite where the map is not."""
+        """f32 [rows,V,K,c,h,w] -> f32 [rows,V,K], > 0: what each map is divided by; not finite if the map is not."""
         return np.ones(maps.shape[:3], np.float32)
 
     def get_config(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def encode_maps(codec: StoredNumbers, maps: np.ndarray) -> tuple[np.ndarray, np.
 def decode_maps(
     codec: StoredNumbers, stored: np.ndarray, scale: np.ndarray, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """The inverse: f32 [n,V,K,c,h,w], into `out` where it is given."""
+    """The inverse: f32 [n,V,K,c,h,w], into `out` if it is given."""
     maps = codec.decode(stored, out)
     maps *= scale[..., None, None, None]
     return maps

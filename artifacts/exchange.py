@@ -47,8 +47,8 @@ def export_store(
 ) -> None:
     """Write the store's rows with their images as WebDataset shards; finished ones are left alone.
 
-    Values are those that `store.read` gives, as float16 where that is exact and else as float32. Raises MismatchedStore
-    where the images are not the store's or the destination holds something else.
+    Values are those that `store.read` gives, as float16 if that is exact and else as float32. Raises MismatchedStore
+    if the images are not the store's or the destination holds something else.
     """
     from webdataset import TarWriter  # it imports torch
 
@@ -94,7 +94,7 @@ def import_store(
 ) -> TeacherStore:
     """Rebuild the image set and the store from exported shards, or continue where an interrupted import stopped.
 
-    Lossless at the codec's precision. Raises StoreError where the source is no export or its images were changed.
+    Lossless at the codec's precision. Raises StoreError if the source is no export or its images were changed.
     """
     exported = _Export(place(source))
     write_images(
@@ -186,7 +186,7 @@ class _Export:
         return key, {name: data for name, data in members.items() if name not in _ANSWERS}
 
     def answers(self, shard: int) -> TeacherRows:
-        """Raises StoreError where they are not what the store says."""
+        """Raises StoreError if they are not what the store says."""
         s, samples = self.draft.shape, self._read(shard)
         head = (s.views, s.explained)
         logits = np.empty((len(samples), s.views, s.classes), np.float32)

@@ -124,7 +124,7 @@ class ImageSet:
         return hashlib.sha256("\n".join(self.shard_keys(shard)).encode()).hexdigest()
 
     def __getitem__(self, row: int) -> Sample:
-        """Raises IndexError past the end, ImageSetError where the bytes cannot be decoded."""
+        """Raises IndexError past the end, ImageSetError if the bytes cannot be decoded."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         (rows, position), about = self._find(row), self._about(row)
@@ -143,7 +143,7 @@ class ImageSet:
         return np.stack([self._pixels(int(row)) for row in rows])
 
     def read_boxes(self, row: int) -> np.ndarray | None:
-        """Only the boxes of a row: f32 [N,5], or None where it has none annotated."""
+        """Only the boxes of a row: f32 [N,5], or None if it has none annotated."""
         return _boxes(self._about(row))
 
     def _list(self, shard: int) -> RowList:
@@ -218,7 +218,7 @@ class ImageSet:
         )
 
     def _member(self, row: int, extension: str) -> bytes:
-        """Raises ImageSetError where they are not those that were packed."""
+        """Raises ImageSetError if they are not those that were packed."""
         info = self.shards[row // self.rows_per_shard]
         rows, position = self._find(row)
         member = rows.member(position, extension)

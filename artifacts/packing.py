@@ -98,7 +98,7 @@ def _ignore(done: int) -> None:
 
 
 def _begin(where: Place, plan: dict[str, Any]) -> None:
-    """Write down what is being packed, or raise ImageSetError where the folder holds something else."""
+    """Write down what is being packed, or raise ImageSetError if the folder holds something else."""
     index, old = _sealed(where, "index.json", Index), _sealed(where, "packing.json", Packed)
     if old is None and index is not None:  # packing.json was lost: the index says most of it
         old = {**plan, **{key: index[key] for key in KEPT}, "count": index["rows"]}
@@ -124,7 +124,7 @@ def _begin(where: Place, plan: dict[str, Any]) -> None:
 
 
 def _sealed(where: Place, name: str, model: type[BaseModel]) -> dict[str, Any] | None:
-    """None where the file is missing or damaged. Raises ImageSetError for a newer format."""
+    """None if the file is missing or damaged. Raises ImageSetError for a newer format."""
     try:
         return model.model_validate(unseal(where.read(name), SCHEMA_VERSION)).model_dump()
     except NewerSchema as error:

@@ -59,7 +59,7 @@ class View(ABC):
 
     @abstractmethod
     def __getitem__(self, part: slice) -> bytes:
-        """The bytes start <= i < stop; fewer where the object ends before."""
+        """The bytes start <= i < stop; fewer if the object ends before."""
 
 
 class Reading(io.RawIOBase):
@@ -121,7 +121,7 @@ class Place(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """Bytes, or None where there is no such object."""
+        """Bytes, or None if there is no such object."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
@@ -169,7 +169,7 @@ Url = str | os.PathLike[str] | Place
 
 
 def place(url: Url) -> Place:
-    """The folder at a path or URL. Raises PlaceError where the URL's protocol needs a package that is not here."""
+    """The folder at a path or URL. Raises PlaceError if the URL's protocol needs a package that is not here."""
     if isinstance(url, Place):
         return url
     text = os.fspath(url).removeprefix("file://")

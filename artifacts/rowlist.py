@@ -120,7 +120,7 @@ def read_about(data: bytes) -> About:
 
 
 def read_row_list(where: Place, tar: str, sha256: str | None = None) -> RowList:
-    """Raises FileNotFoundError, or ImageSetError where it is no row list, or not the one of this `sha256`."""
+    """Raises FileNotFoundError, or ImageSetError if it is no row list, or not the one of this `sha256`."""
     data = where.read(row_list(tar))
     own = hashlib.sha256(data).hexdigest()
     try:

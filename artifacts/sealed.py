@@ -17,7 +17,7 @@ def seal(content: dict[str, Any]) -> bytes:
 
 
 def unseal(data: bytes, schema_version: int) -> dict[str, Any]:
-    """The content of a sealed file. Raises ValueError where it was changed, NewerSchema before looking."""
+    """The content of a sealed file. Raises ValueError if it was changed, NewerSchema before looking."""
     # each level of a sealed file is indented by one more blank
     if b"\n" + b" " * (_DEEPEST + 1) in data:
         raise ValueError(f"it has more than {_DEEPEST} levels")

@@ -56,7 +56,7 @@ class StoreWriter:
     def create(self) -> None:
         """Make the empty store, or accept the one that is there if it is about the same.
 
-        Raises MismatchedStore, with the differing fields, where it is not.
+        Raises MismatchedStore, with the differing fields, if it is not.
         """
         if self.place.exists("draft.json"):
             check_same(self.place, read_record(self.place, "draft.json", ManifestDraft), self.draft)

@@ -193,7 +193,7 @@ def _asked(results: Results, method: Method) -> str:
 
 
 def _presented(results: Results, method: Method) -> int:
-    """Images shown in one run: full batches x epochs; 0 where the image set is not there."""
+    """Images shown in one run: full batches x epochs; 0 if the image set is not there."""
     settings = results.settings(method)
     try:
         images: ImageSet = results.workspace.open_images(settings.split)

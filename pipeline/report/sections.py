@@ -14,7 +14,7 @@ from pipeline.report.tables import candidate_table, group_tables, score_table
 READING = (
     "Mean ± standard deviation over seeds. Below a score: the difference to the baseline, the method with the same "
     "settings but lambda = 0, with the 95 % interval of a paired bootstrap over rows and seeds (2,000 resamples; none "
-    "where a run's scores per row are not there). Few seeds say little of the next seed. EPG counts a dead (all-zero) "
+    "if a run's scores per row are not there). Few seeds say little of the next seed. EPG counts a dead (all-zero) "
     "map as 0; a high share of dead maps makes EPG and map cosine meaningless. Map cosine is to the teacher's map of "
     "the same class, at the student's resolution."
 )
@@ -42,7 +42,7 @@ def compose(results: Results, gallery: Sequence[Block], curves: Sequence[Picture
 
 
 def scores(results: Results) -> list[Block]:
-    """A table per split, and one more where there are groups."""
+    """A table per split, and one more if there are groups."""
     paper = paper_table(results.experiment.paper) if results.experiment.paper else None
     beside = _split_of(paper, results)
     blocks: list[Block] = [Text(READING)]

@@ -36,7 +36,7 @@ class Interval(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Mean and, of two seeds or more, standard deviation (n - 1). NaN where no seed has a value."""
+    """Mean and, of two seeds or more, standard deviation (n - 1). NaN if no seed has a value."""
 
     mean: float
     std: float | None
@@ -162,7 +162,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def _grouped(metric: str, values: np.ndarray, group: np.ndarray) -> dict[str, _Statistic]:
-    """The mean of each group's rows, and the worst of them; a row's group is -1 where it has none."""
+    """The mean of each group's rows, and the worst of them; a row's group is -1 if it has none."""
     groups = [int(g) for g in np.unique(group) if g >= 0]
     means = {g: _mean(np.where(group == g, values, np.nan), 1) for g in groups}
     found = {f"group_{g}_{metric}": _Statistic(mean, _ratio) for g, mean in means.items()}

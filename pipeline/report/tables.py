@@ -155,7 +155,7 @@ def _cell(results: Results, method: Method, split: str, metric: str) -> Cell:
 
 
 def _difference(results: Results, method: Method, split: str, metric: str) -> str:
-    """`+3.1 [1.0, 5.2]`, `+3.1` where there is no interval, or nothing."""
+    """`+3.1 [1.0, 5.2]`, `+3.1` if there is no interval, or nothing."""
     base = results.baseline(method)
     if base is None:
         return ""
