@@ -12,7 +12,7 @@ from typing import Any
 
 from artifacts import ImageSet, TeacherStore
 from artifacts.codecs import get_codec
-from artifacts.errors import DamagedStore, ImageSetError, IncompleteStore, ModelError
+from artifacts.errors import DamagedStore, IncompleteStore, ModelError
 from artifacts.fields import Extent, Settings, Sha256
 from artifacts.manifest import (
     SCHEMA_VERSION,
@@ -24,7 +24,6 @@ from artifacts.manifest import (
     TeacherInfo,
     differing_values,
 )
-from artifacts.names import shown
 from artifacts.places import place
 from artifacts.records import MEND, mismatch, read_record, write_record
 from pipeline.config import Experiment, ExplainConfig
@@ -90,22 +89,7 @@ def class_count(experiment: Experiment, images: ImageSet) -> int:
             f"the teacher has {said} classes but {images.place} has {named}; use its data, correct teacher.classes, "
             "or ignore the labels with data.labels: false to distil on unrelated images"
         )
-    count = said or named
-    _check_labels(images, count)
-    return count
-
-
-def _check_labels(images: ImageSet, count: int) -> None:
-    """Raises ImageSetError if a label of the set is no class of it."""
-    if not images.classes:
-        return
-    several = ((label,) if isinstance(label, int) else label or () for label in images.labels)
-    wrong = next((one for label in several for one in label if not 0 <= one < count), None)
-    if wrong is not None:
-        raise ImageSetError(
-            f"{images.place} has the label {shown(wrong)}, but {count} classes; pack it again from its source",
-            path=images.place,
-        )
+    return said or named
 
 
 def matching_store(workspace: Workspace, split: str, images: ImageSet) -> TeacherStore:

@@ -13,10 +13,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from artifacts.errors import CheckpointError, ConfigError, DataError, E2kdError, ImageSetError, ModelError
+from artifacts.errors import CheckpointError, ConfigError, DataError, E2kdError, ModelError
 from pipeline.config import load, parse
 from pipeline.config.data import HuggingFace
 from pipeline.config.text import json_of, yaml_of
@@ -33,7 +32,6 @@ from pipeline.data.reading.photo import decode_photo, read_mask, read_photo
 from pipeline.evaluate.scores import read_samples
 from pipeline.models import build, load_weights
 from pipeline.models.weights import read_weights
-from pipeline.provenance import class_count
 from pipeline.training.run import Run
 from pipeline.workspace import read_measured
 from tests.hostile.border import TINY, Command, finish
@@ -486,22 +484,6 @@ def test_a_state_that_is_a_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="not a regular file"):
         Run(tmp_path).load_state()
-
-
-@dataclass
-class Labelled:
-    """An image set with labels that nobody checked."""
-
-    labels: list[Any]
-    classes: tuple[str, ...] = ("a", "b")
-    place: str = "images"
-
-
-@pytest.mark.parametrize("label", [2, -1, 10**30, (0, 2), (-5,)])
-def test_a_label_that_is_no_class_is_an_error_before_training(label: Any) -> None:
-    experiment = parse(yaml_of(TINY))
-    with pytest.raises(ImageSetError, match="has the label"):
-        class_count(experiment, cast(Any, Labelled([0, None, (0, 1), label])))
 
 
 @pytest.mark.parametrize("label", [10**400, -1, 2**24, True, 1.5, "x" * 10**6])
