@@ -46,7 +46,7 @@ check: setup       ## lint, format, types, import directions
 bench: setup       ## time what the README states
 	$(BIN)/python -m benchmarks.main $(ARGS)
 
-demo: setup        ## the experiment in 1.5 minutes: one seed, short schedules, nothing to conclude from
+demo: setup        ## the experiment in about 2 minutes: one seed, short schedules, nothing to conclude from
 	$(BIN)/e2kd distill $(CONFIG) --out out/demo --set seeds=[0] --set teacher.train.epochs=6 --set train.epochs=6 $(ARGS)
 
 clean:             ## remove what runs made and the virtual environment

@@ -31,12 +31,14 @@ def printable(text: str, keep: str = "") -> str:
     return _CONTROLS.sub(shown, text)
 
 
-_SECRET = re.compile(r"(?<=://)(?:[^\s/@:]*:(?!\d+/)\S*|[^\s/@]*)@|(?<=[?&;])([^\s=&;/]+)=[^\s&;#'\")]+")
+_SECRET = re.compile(
+    r"(?:(?<=://)|(?<=\w\w:/)(?=[^/\s]))(?:[^\s/@:]*:(?!\d+/)\S*|[^\s/@]*)@|(?<=[?&;#])([^\s=&;/]+)=[^\s&;#'\")]+"
+)
 
 
 def masked(text: str) -> str:
     """A text without the secrets of its URLs: user:password@ is gone, and values after ? stand as `...`."""
-    if "://" not in text:
+    if ":/" not in text:
         return text
     return _SECRET.sub(lambda found: f"{found[1]}=..." if found[1] else "", text)
 

@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import random
+import shutil
 import stat
 import tempfile
 import time
@@ -377,11 +378,20 @@ class RemotePlace(Place):
         # S3 and GCS have no folders, and looking for them needs rights
         if not self.url.startswith(("s3://", "gs://")):
             self.system.makedirs(self.system._parent(path), exist_ok=True)
-        self.system.put_file(str(file), path)
+        if self.system.protocol[0] == "file":
+            self._put_here(file, Path(path))
+        else:
+            self.system.put_file(str(file), path)
         arrived = int(self.system.info(path)["size"])
         if arrived != file.stat().st_size:
             self.system.rm_file(path)
             raise OSError(f"{arrived} of {file.stat().st_size} bytes arrived")
+
+    def _put_here(self, file: Path, path: Path) -> None:
+        """On a disk of this machine (`local://`): fsspec would write through links."""
+        check_inside(Path(self.system._strip_protocol(self.url)), path)
+        with appearing(path) as partial:
+            shutil.copyfile(file, partial)
 
     def _told(self, error: Exception) -> str:
         """What a library says, without the secrets of the URL, which it may have cut in pieces."""

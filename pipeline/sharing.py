@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +94,16 @@ _SLURM = (
 )
 
 
+def _opened(file: Path) -> IO[str]:
+    """A lock file, made if need be. Raises OSError for a link, or for what is no file: a FIFO would be waited for."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(file, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(file))
+    return os.fdopen(handle, "a")
+
+
 @contextmanager
 def locked(file: Path, fabric: Fabric) -> Iterator[bool]:
     """Whether this process has the lock, which rank 0 takes for all of its `fabric`; it ends with its process.
@@ -103,7 +114,7 @@ def locked(file: Path, fabric: Fabric) -> Iterator[bool]:
     if fabric.is_global_zero:
         with writing_to(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            handle = file.open("a")
+            handle = _opened(file)
         _held.add(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

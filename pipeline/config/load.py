@@ -17,7 +17,7 @@ from pipeline.config.experiment import EXPLAIN_SETTINGS, Experiment
 from pipeline.config.grid import combinations, overridden, wrong
 from pipeline.config.problems import Unions, describe, near, unknown_key
 from pipeline.config.sources import SOURCES
-from pipeline.config.text import yaml_of
+from pipeline.config.text import text_of, yaml_of
 from pipeline.config.training import StudentConfig
 
 UNIONS: Unions = {"data": SOURCES, "also": SOURCES, "explain": EXPLAIN_SETTINGS}
@@ -54,7 +54,8 @@ def parse(raw: Mapping[str, Any], where: str = "config") -> Experiment:
 def _candidates_problems(resolved: Mapping[str, Any]) -> list[str]:
     """Problems of a sweep's candidates, each told at the key of `sweep` or of the student that has it."""
     students, problems = resolved.get("students"), []
-    for name, grid in (resolved.get("sweep") or {}).items():
+    sweep = resolved.get("sweep")
+    for name, grid in sweep.items() if isinstance(sweep, dict) else ():
         own = students.get(name) if isinstance(students, dict) else None
         if not isinstance(own, dict):
             continue
@@ -83,7 +84,7 @@ def dump(settings: Settings) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml_of(path.read_text(encoding="utf-8"))
+        raw = yaml_of(text_of(path))
     except FileNotFoundError:
         nearest = near(path.stem, (other.stem for other in path.parent.glob("*.yaml")))
         hint = (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from artifacts.places import regular
 
 MOST_NODES = 10_000
 """Values of a YAML text, those that aliases repeat counted each time, and a hundred letters as one more."""
@@ -13,6 +16,12 @@ DEEPEST = 50
 LONGEST = 2**20
 """Letters of a YAML text."""
 INTEGER, LONGEST_NUMBER = "tag:yaml.org,2002:int", 400
+
+
+def text_of(path: Path) -> str:
+    """A file's text, as far as `yaml_of` reads one. Raises OSError, also if it is none, and UnicodeDecodeError."""
+    with open(regular(path), "rb") as file:
+        return file.read(4 * LONGEST + 1).decode()
 
 
 def yaml_of(text: str) -> Any:
@@ -78,7 +87,7 @@ class _Bounded(yaml.SafeLoader):
             raise _wrong(f"a number of more than {LONGEST_NUMBER} digits", node)
         try:
             return super().construct_object(node, deep)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, KeyError, AttributeError) as error:
             raise _wrong(f"no value: {str(error)[:100]}", node) from None
 
 

@@ -8,8 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from artifacts.errors import DataError
 from artifacts.images import Sample
 from pipeline.config import ViewConfig
+from pipeline.data.reading.photo import MOST_PIXELS
 from pipeline.data.source import RawSample
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -44,8 +46,16 @@ class CanonicalView:
     def apply(self, raw: RawSample) -> Sample:
         """The sample as packed: image u8 [3,S,S], mask u8 [S,S], boxes f32 [N,5] clipped to the canvas.
 
-        Boxes that the crop leaves nothing of are dropped; the array may end empty.
+        Boxes that the crop leaves nothing of are dropped; the array may end empty. Raises DataError for an image that
+        would be enlarged to more than 2^26 px.
         """
+        width, height = self._resized(raw.image.size)
+        if width * height > MOST_PIXELS:
+            raise DataError(
+                f"the image {raw.source or raw.key} is too long: its shorter side being {self.resize} px, "
+                f"it has {width} x {height} px, more than {MOST_PIXELS:,} in all; remove or crop it",
+                key=raw.key,
+            )
         pixels = np.asarray(self._crop(raw.image, FILTERS[self.interpolation]))
         mask = None if raw.mask is None else np.array(self._crop(raw.mask, Image.Resampling.BILINEAR))
         return Sample(

@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor, nn
 
 from artifacts.durable import appearing
 from artifacts.names import printable
+from pipeline.report.plotting import plt
 
 
 def overlay(axis: Any, image: np.ndarray, heat: Tensor) -> None:

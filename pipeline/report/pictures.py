@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from pipeline.report.document import Picture
 from pipeline.report.overlay import drawn, save
+from pipeline.report.plotting import plt
 from pipeline.report.results import Results
 from pipeline.report.statistics import Summary, summarise
 

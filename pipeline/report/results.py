@@ -14,8 +14,7 @@ from artifacts.access import reading_from
 from artifacts.errors import ConfigError
 from artifacts.names import file_name, flat, shown
 from pipeline.config import StudentConfig
-from pipeline.config.text import yaml_of
-from pipeline.data.reading.regular import regular_size
+from pipeline.config.text import text_of, yaml_of
 from pipeline.evaluate.scores import read_samples, samples_file
 from pipeline.evaluate.students import scored_elsewhere
 from pipeline.report.statistics import Interval, Samples, Summary, paired_intervals, summarise
@@ -118,8 +117,7 @@ class Results:
         """The config that stage 1 left. Raises ConfigError if it is damaged."""
         try:
             with reading_from(self.layout.config, ConfigError):
-                regular_size(self.layout.config)
-                return yaml_of(self.layout.config.read_text(encoding="utf-8"))
+                return yaml_of(text_of(self.layout.config))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             said = " ".join(str(error).split())[:300]
             raise ConfigError(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import from_numpy
 
 from artifacts import ImageSet, TeacherStore
 from pipeline.explain import by_name
 from pipeline.report.overlay import drawn, overlay, save
+from pipeline.report.plotting import plt
 
 TOP = 5
 

@@ -28,6 +28,9 @@ from pipeline.data.reading.regular import regular_size
 from pipeline.models.weights import NotSaved, saved_by_torch
 from pipeline.sharing import locked
 
+MOST_TEXT = 2**26
+"""Bytes of a run's file that is read as text."""
+
 
 class Run:
     """The folder of one run."""
@@ -93,7 +96,13 @@ class Run:
     def _text(self, name: str) -> str:
         """Raises CheckpointError if the file may not be read."""
         with reading_from(self.path / name, CheckpointError):
-            regular_size(self.path / name)
+            size = regular_size(self.path / name)
+            if size > MOST_TEXT:
+                raise CheckpointError(
+                    f"{self.path / name} has {size:,} bytes, {MOST_TEXT:,} at most are read; delete the run and "
+                    "train it again",
+                    path=self.path / name,
+                )
             return (self.path / name).read_text()
 
     def check(self, settings: dict[str, Any]) -> None:
