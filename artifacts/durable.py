@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,10 +62,13 @@ def check_inside(root: Path, path: Path) -> None:
         )
 
 
-def check_links(root: Path) -> None:
-    """Raises WriteError if a link below a folder that is to be written to leads out of it."""
+def check_links(root: Path, names: Collection[str]) -> None:
+    """Raises WriteError if a link leads out of a folder, of those at or below the `names` that are written there."""
     top = _real(root)
     for folder, folders, files in os.walk(root):
+        if Path(folder) == root:
+            folders[:] = [name for name in folders if name in names]
+            files = [name for name in files if name.removesuffix(".partial") in names]
         for link in (Path(folder, name) for name in (*folders, *files)):
             target = _real(link) if link.is_symlink() else top
             if top not in (target, *target.parents):

@@ -86,6 +86,19 @@ class Layout:
         return place(self.shared or self.root)
 
 
+WRITTEN = (
+    "config.yaml",
+    "images",
+    "report",
+    "runs",
+    "stage-1.lock",
+    "stores",
+    "teacher",
+    "teacher-weights.json",
+)
+"""What e2kd writes in an experiment's folder; whatever else lies there is the user's."""
+
+
 class Workspace:
     """What every stage takes: the config, the folders, the devices and the progress of one experiment.
 
@@ -118,7 +131,7 @@ class Workspace:
         """
         experiment = load(config, overrides)
         root = out or Path("out") / config.stem
-        check_links(root)
+        check_links(root, WRITTEN)
         return cls(experiment, Layout(root, experiment.artifacts), None, progress)
 
     @classmethod

@@ -109,3 +109,18 @@ def test_a_password_of_a_url_that_became_a_path(text: str) -> None:
 def test_what_is_no_url_is_kept() -> None:
     for text in ("C:/a@b", "out/x: /me@home", "a:/b/c@d"):
         assert masked(text) == text
+
+
+def test_a_users_own_link_beside_what_is_written_is_kept(tmp_path: Path) -> None:
+    from artifacts.errors import WriteError
+    from pipeline.workspace import Workspace
+
+    config, out = Path(__file__).parents[2] / "configs/toybirds.yaml", tmp_path / "out"
+    (tmp_path / "elsewhere").mkdir()
+    out.mkdir()
+    for name in ("notes.md", "figures"):
+        (out / name).symlink_to(tmp_path / "elsewhere")
+    Workspace.open(config, out=out)
+    (out / "stores").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WriteError, match="stores is a link that leads out"):
+        Workspace.open(config, out=out)
