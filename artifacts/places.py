@@ -262,7 +262,7 @@ def regular(file: Path) -> int:
         return handle
     os.close(handle)
     code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
-    raise OSError(code, "Is a directory" if code == errno.EISDIR else "it is no regular file", str(file))
+    raise OSError(code, "Is a directory" if code == errno.EISDIR else "it is not a regular file", str(file))
 
 
 @contextmanager

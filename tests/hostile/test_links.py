@@ -266,5 +266,5 @@ def test_a_process_that_holds_a_file_and_writes_nothing(world: Any) -> None:
 
 def test_reading_a_pipe_is_one_sentence(world: Any) -> None:
     os.mkfifo(world.here / "x")
-    with pytest.raises(PlaceError, match="it is no regular file"):
+    with pytest.raises(PlaceError, match="it is not a regular file"):
         place(world.here).read("x")

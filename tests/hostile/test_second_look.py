@@ -68,7 +68,7 @@ def test_a_config_that_is_no_file(command: Command, tmp_path: Path, kind: str) -
     file = tmp_path / "config.yaml"
     os.mkfifo(file) if kind == "fifo" else file.symlink_to("/dev/zero")
     for what in (file, tmp_path):
-        assert "it is no regular file" in command.refused("report", what)
+        assert "it is not a regular file" in command.refused("report", what)
 
 
 def test_a_lock_that_is_a_fifo_or_a_link(tmp_path: Path) -> None:
